@@ -1,0 +1,272 @@
+"""The Gram matrix of a layer's inputs, and how it is gathered from activations.
+
+``G = X Xᵀ`` (cols, cols) holds all that the calibration data has to say about a layer (SparseSwaps,
+arXiv 2512.10922, section 3). When the layer sees the inputs ``X̂`` of an already pruned network
+while its target stays the dense one, the drift needs two more sums of the same shape:
+``X̂ (X - X̂)ᵀ`` and ``(X - X̂)(X - X̂)ᵀ``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidProblemError
+
+# fp32 products of at most this many tokens are summed in float64, so rounding stays that of one chunk
+CHUNK_TOKENS = 2048
+# A float32 Gram of many tokens is off by about 1e-6 of its diagonal; ten times that is still rounding.
+SYMMETRY_TOLERANCE = 1e-5
+# Smallest eigenvalue of corr(G) that rounding alone explains, for the same reason times sqrt(cols).
+DEFINITENESS_TOLERANCE = 1e-4
+# Above this width the Cholesky check costs more than it finds: only 2 x 2 minors are checked.
+CHOLESKY_LIMIT = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """A validated Gram matrix with the normalised form that every fast solver shares.
+
+    Args:
+        matrix: ``G``, symmetric positive semidefinite, (cols, cols); kept in float64.
+        tokens: how many tokens were summed, or 0 if unknown.
+
+    Raises:
+        InvalidProblemError: if ``matrix`` is not square, finite, symmetric or is indefinite.
+    """
+
+    matrix: Tensor
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        matrix = self.matrix
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
+            raise InvalidProblemError(
+                f"the Gram matrix is (cols, cols): expected a square matrix, found {tuple(matrix.shape)}"
+            )
+        if not matrix.is_floating_point():
+            raise InvalidProblemError(f"the Gram matrix is real: expected floats, found {matrix.dtype}")
+        matrix = matrix.detach().to(torch.float64)
+        if not bool(torch.isfinite(matrix).all()):
+            bad = int((~torch.isfinite(matrix)).sum())
+            raise InvalidProblemError(
+                f"the Gram matrix is finite: expected no NaN or Inf, found {bad} such entries"
+            )
+        object.__setattr__(self, "matrix", _checked_semidefinite(matrix))
+
+    @property
+    def cols(self) -> int:
+        """Number of input channels."""
+        return self.matrix.shape[0]
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """``√diag(G)``, the norm of each input channel (cols,), float64."""
+        return self.matrix.diagonal().clamp_min(0).sqrt()
+
+    @property
+    def dead(self) -> Tensor:
+        """Channels whose input is always zero (cols,), bool."""
+        return self.scale == 0
+
+    @cached_property
+    def correlation(self) -> Tensor:
+        """``R = D^-½ G D^-½`` (cols, cols), float32; rows and columns of dead channels are zero."""
+        return self.correlation64.to(torch.float32)
+
+    @property
+    def correlation64(self) -> Tensor:
+        """``R`` in float64, computed anew at each call (for the rows that float32 cannot resolve)."""
+        inverse = torch.where(self.dead, 0.0, 1 / torch.where(self.dead, 1.0, self.scale))
+        correlation = self.matrix * inverse[:, None] * inverse[None, :]
+        correlation.diagonal().copy_(torch.where(self.dead, 0.0, 1.0))
+        return correlation
+
+    @cached_property
+    def largest_correlation(self) -> Tensor:
+        """``ρ_j = max_{i≠j} |R_ij|`` (cols,), float32."""
+        largest = torch.empty(self.cols, dtype=torch.float32, device=self.matrix.device)
+        for start in range(0, self.cols, 1024):
+            rows = self.correlation[start : start + 1024].abs()
+            index = torch.arange(len(rows), device=rows.device)
+            rows[index, start + index] = 0
+            largest[start : start + len(rows)] = rows.amax(1)
+        return largest
+
+    def to(self, device: torch.device | str) -> Gram:
+        """The same matrix on another device, without checking it again."""
+        device = torch.device(device)
+        if device == self.matrix.device:
+            return self
+        return _trusted_gram(self.matrix.to(device), self.tokens)
+
+
+def _trusted_gram(matrix: Tensor, tokens: int) -> Gram:
+    """A Gram from a float64 matrix that is known to be valid."""
+    gram = object.__new__(Gram)
+    object.__setattr__(gram, "matrix", matrix)
+    object.__setattr__(gram, "tokens", tokens)
+    return gram
+
+
+def _checked_semidefinite(matrix: Tensor) -> Tensor:
+    """``matrix`` made exactly symmetric, or ``InvalidProblemError``."""
+    diagonal = matrix.diagonal()
+    if bool((diagonal < 0).any()):
+        raise InvalidProblemError(
+            f"the Gram matrix is positive semidefinite: expected a diagonal of at least 0, "
+            f"found {float(diagonal.min()):g}"
+        )
+    scale = diagonal.sqrt()
+    size = scale[:, None] * scale[None, :]
+    asymmetry = (matrix - matrix.T).abs() - SYMMETRY_TOLERANCE * size
+    if bool((asymmetry > 0).any()):
+        raise InvalidProblemError(
+            "the Gram matrix is symmetric: expected G = Gᵀ up to rounding, found a difference of "
+            f"{float((matrix - matrix.T).abs().max()):g}"
+        )
+    matrix = (matrix + matrix.T) / 2
+    if bool((matrix.abs() > size * (1 + DEFINITENESS_TOLERANCE)).any()):
+        raise InvalidProblemError(
+            "the Gram matrix is positive semidefinite: expected |G_ij| ≤ √(G_ii G_jj), "
+            "found a larger off-diagonal entry"
+        )
+    if len(matrix) <= CHOLESKY_LIMIT:
+        inverse = torch.where(scale > 0, 1 / torch.where(scale > 0, scale, 1.0), 0.0)
+        shifted = (matrix * inverse[:, None] * inverse[None, :]).to(torch.float64)
+        shifted.diagonal().copy_(torch.ones_like(scale) + DEFINITENESS_TOLERANCE)
+        _, info = torch.linalg.cholesky_ex(shifted)
+        if int(info) != 0:
+            raise InvalidProblemError(
+                "the Gram matrix is positive semidefinite: expected eigenvalues of corr(G) of at "
+                f"least -{DEFINITENESS_TOLERANCE:g}, found a smaller one"
+            )
+    return matrix
+
+
+class GramAccumulator:
+    """Sums ``X Xᵀ`` over batches of activations, and with ``drift`` the two sums that drift needs.
+
+    Each chunk of tokens is scaled channel by channel to at most 1 before its float32 product, and
+    the products are summed in float64: activations of any dtype and range can neither overflow nor
+    lose their small channels.
+
+    Args:
+        cols: input channels of the layer.
+        device: where the sums are kept.
+        drift: also sum ``X̂ (X - X̂)ᵀ`` and ``(X - X̂)(X - X̂)ᵀ``.
+    """
+
+    def __init__(self, cols: int, device: torch.device | str = "cpu", drift: bool = False) -> None:
+        self.tokens = 0
+        self._sums = torch.zeros((3 if drift else 1, cols, cols), dtype=torch.float64, device=device)
+
+    @property
+    def has_drift(self) -> bool:
+        """Whether the sums for drift are gathered."""
+        return len(self._sums) == 3
+
+    def update(self, inputs: Tensor, dense_inputs: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            inputs: what the layer receives, ``X̂ᵀ`` (..., cols), any floating dtype.
+            dense_inputs: what it receives in the dense model, ``Xᵀ``, same shape; with drift only.
+
+        Raises:
+            InvalidProblemError: for a wrong width, NaN or Inf, or missing dense inputs.
+        """
+        if self.has_drift != (dense_inputs is not None):
+            raise InvalidProblemError(
+                "an accumulator with drift takes dense inputs beside the inputs, one without drift takes none"
+            )
+        rows = self._flatten(inputs)
+        dense = None if dense_inputs is None else self._flatten(dense_inputs)
+        if dense is not None and dense.shape != rows.shape:
+            raise InvalidProblemError(
+                f"dense and pruned inputs cover the same tokens: expected {tuple(rows.shape)}, "
+                f"found {tuple(dense.shape)}"
+            )
+        for start in range(0, len(rows), CHUNK_TOKENS):
+            chunk, chunk_scale = _unit_range(rows[start : start + CHUNK_TOKENS])
+            self._sums[0] += _product(chunk, chunk_scale, chunk, chunk_scale)
+            if dense is None:
+                continue
+            piece = slice(start, start + CHUNK_TOKENS)
+            # the difference of two finite half-precision numbers always fits float64
+            lost, lost_scale = _unit_range(dense[piece].double() - rows[piece].double())
+            self._sums[1] += _product(chunk, chunk_scale, lost, lost_scale)
+            self._sums[2] += _product(lost, lost_scale, lost, lost_scale)
+        self.tokens += len(rows)
+
+    def merge(self, other: GramAccumulator) -> None:
+        """Add the sums of another accumulator, for instance of another process."""
+        if other._sums.shape != self._sums.shape:
+            raise InvalidProblemError(
+                f"accumulators of one layer merge: expected sums of shape {tuple(self._sums.shape)}, "
+                f"found {tuple(other._sums.shape)}"
+            )
+        self._sums += other._sums.to(self._sums.device)
+        self.tokens += other.tokens
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Sums and token count as tensors, to be sent to another process."""
+        return {"sums": self._sums, "tokens": torch.tensor(self.tokens)}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> GramAccumulator:
+        """The accumulator whose ``state_dict()`` this is."""
+        sums = state["sums"]
+        accumulator = cls(sums.shape[-1], sums.device, drift=len(sums) == 3)
+        accumulator._sums = sums.clone()
+        accumulator.tokens = int(state["tokens"])
+        return accumulator
+
+    def gram(self) -> Gram:
+        """The Gram matrix ``X̂ X̂ᵀ`` of everything added so far."""
+        self._require_tokens()
+        matrix = self._sums[0]
+        # positive semidefinite by construction: nothing left to check
+        return _trusted_gram((matrix + matrix.T) / 2, self.tokens)
+
+    def cross(self) -> Tensor:
+        """``X̂ (X - X̂)ᵀ`` (cols, cols), float64."""
+        return self._sums[1]
+
+    def lost(self) -> Tensor:
+        """``(X - X̂)(X - X̂)ᵀ`` (cols, cols), float64."""
+        return self._sums[2]
+
+    def _require_tokens(self) -> None:
+        if self.tokens == 0:
+            raise InvalidProblemError("a Gram matrix needs activations: expected at least one token, found none")
+
+    def _flatten(self, inputs: Tensor) -> Tensor:
+        cols = self._sums.shape[-1]
+        if inputs.shape[-1] != cols:
+            raise InvalidProblemError(
+                f"activations are (..., cols): expected {cols} channels, found {inputs.shape[-1]}"
+            )
+        rows = inputs.detach().reshape(-1, cols).to(self._sums.device)
+        if not bool(torch.isfinite(rows).all()):
+            raise InvalidProblemError(
+                f"activations are finite: expected no NaN or Inf, found {int((~torch.isfinite(rows)).sum())}"
+            )
+        return rows
+
+
+def _unit_range(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 copy of ``rows`` (tokens, cols) with each channel divided by a power of two (cols,)."""
+    largest = rows.abs().amax(0).double()
+    # powers of two, so that the division is exact; zero channels keep scale 1
+    scale = torch.exp2(torch.ceil(torch.log2(largest.clamp_min(torch.finfo(torch.float64).tiny))))
+    scale = torch.where(largest > 0, scale, 1.0)
+    return (rows.double() / scale).float(), scale
+
+
+def _product(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor) -> Tensor:
+    """``leftᵀ right`` with the scales put back (cols, cols), float64."""
+    return (left.T @ right).double() * left_scale[:, None] * right_scale[None, :]

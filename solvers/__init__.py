@@ -1,0 +1,28 @@
+"""How layer problems are solved: one algorithm per file, named as its paper names it."""
+
+from .base import Budget, Group, Outcome, Solution, Solver, Status, TracePoint, solve
+from .compose import BestOf, Sequence
+from .enumeration import Enumeration
+from .one_swap import OneSwap
+from .registry import SOLVERS
+from .scores import RIA, Magnitude, Random, Wanda
+
+__all__ = [
+    "RIA",
+    "SOLVERS",
+    "BestOf",
+    "Budget",
+    "Enumeration",
+    "Group",
+    "Magnitude",
+    "OneSwap",
+    "Outcome",
+    "Random",
+    "Sequence",
+    "Solution",
+    "Solver",
+    "Status",
+    "TracePoint",
+    "Wanda",
+    "solve",
+]

@@ -1,0 +1,1 @@
+"""Inner loops: ``reference`` in plain torch is the specification of every faster twin."""
