@@ -1,0 +1,302 @@
+"""What each layer of a model receives, block by block, with the model's own forward.
+
+A ``Stream`` is one network's activations on fixed token windows. To look into block ``i`` it calls
+the model's own forward, in which finished blocks return what they returned before and everything
+after block ``i`` is cut off. Embeddings, rotary tables, attention masks and whatever else a family
+computes around its blocks are the model's own business; no block is ever called by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from .errors import InvalidModelError
+from .models import Block, PrunableLayer, forward_inputs
+
+Observer = Callable[[PrunableLayer, Tensor], None]
+
+
+class _Stop(Exception):  # noqa: N818  (control flow, not an error)
+    """Everything that was wanted from this forward has been seen."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Layers of a block that are observed in one pass.
+
+    Attributes:
+        inputs: groups of layers; the members of a group share their input and so one Gram matrix.
+    """
+
+    inputs: tuple[tuple[PrunableLayer, ...], ...]
+
+    @property
+    def layers(self) -> list[PrunableLayer]:
+        """All layers of the step."""
+        return [layer for group in self.inputs for layer in group]
+
+
+class Stream:
+    """Activations of one network on token windows, advanced block by block.
+
+    Args:
+        model: the network; its weights may change between calls.
+        blocks: its blocks, in the order of ``find_blocks``.
+        windows: (windows, length) token ids.
+        batch_size: windows per forward call.
+        skip: whether finished blocks return what they returned before; otherwise the whole model runs
+            every time, for models whose blocks depend on each other in other ways (``can_skip``).
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[Block], windows: Tensor, batch_size: int, skip: bool = True
+    ) -> None:
+        self._model = model
+        self._blocks = blocks
+        self._batches = windows.split(batch_size)
+        self._skip = skip
+        self._done = 0
+        self._stored: list[dict[int, Any]] = [{} for _ in self._batches]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @property
+    def current(self) -> Block:
+        """The block that is looked into."""
+        return self._blocks[self._done]
+
+    def observe(
+        self, batch: int, layers: Sequence[PrunableLayer], observer: Observer, advance: bool = False
+    ) -> None:
+        """Run one batch and tell ``observer`` what each of ``layers`` receives.
+
+        Args:
+            batch: which one.
+            layers: layers of the current block.
+            observer: called with the layer and its input (..., cols).
+            advance: also keep what the block returns, for ``finish_block``.
+        """
+        with _observed(layers, observer, stop=self._skip and not advance), self._cut_after(batch, advance):
+            self._forward(batch)
+
+    def advance(self, batch: int) -> None:
+        """Run one batch through the current block and keep what it returns for ``finish_block``."""
+        if self._skip:
+            self.observe(batch, (), lambda _layer, _inputs: None, advance=True)
+
+    def finish_block(self) -> None:
+        """Go on to the next block, after every batch was advanced."""
+        self._done += 1
+
+    def _forward(self, batch: int) -> None:
+        device = next(self._model.parameters()).device
+        try:
+            with torch.no_grad():
+                self._model(**forward_inputs(self._model, self._batches[batch].to(device)))
+        except _Stop:
+            return
+
+    @contextmanager
+    def _cut_after(self, batch: int, keep: bool) -> Iterator[None]:
+        """Finished blocks return what is stored; the model stops after the current one."""
+        if not self._skip:
+            yield
+            return
+        device = next(self._model.parameters()).device
+        stored = self._stored[batch]
+        current = self.current
+        original = current.module.forward
+
+        def recall(stack: int) -> Callable[..., Any]:
+            # copies, because the model may write into what a block returns
+            return lambda *_, **__: pytree.tree_map_only(
+                torch.Tensor, lambda t: t.to(device, copy=True), stored[stack]
+            )
+
+        def last(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            if keep:
+                # on the CPU: one block's outputs of all windows need not fit the device
+                stored[current.stack] = pytree.tree_map_only(torch.Tensor, lambda t: t.cpu(), output)
+            raise _Stop
+
+        with ExitStack() as replaced:
+            for block in self._blocks[: self._done]:
+                replaced.enter_context(_forward_replaced(block.module, recall(block.stack)))
+            replaced.enter_context(_forward_replaced(current.module, last))
+            yield
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """``module`` calls ``forward``; afterwards whatever it called before (a wrapper included)."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+
+def can_skip(model: nn.Module, blocks: Sequence[Block], windows: Tensor) -> bool:
+    """Whether blocks depend on earlier ones only through what those return.
+
+    One window goes through the model once as it is and once block by block; the last block of each
+    stack must return the same. Models that hand something else from block to block (a cache shared
+    between layers) do not.
+    """
+    window = windows[:1]
+    ends: dict[int, Any] = {}
+    last = {block.stack: block.module for block in blocks}
+    handles = [
+        module.register_forward_hook(lambda _m, _i, output, stack=stack: ends.__setitem__(stack, output))
+        for stack, module in last.items()
+    ]
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            model(**forward_inputs(model, window.to(device)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    stream = Stream(model, blocks, window, 1)
+    for _ in blocks:
+        stream.advance(0)
+        stream.finish_block()
+    for stack, output in ends.items():
+        expected = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        found = [t for t in pytree.tree_leaves(stream._stored[0].get(stack)) if isinstance(t, Tensor)]
+        if len(expected) != len(found) or not all(
+            torch.equal(a.cpu(), b) for a, b in zip(expected, found, strict=True)
+        ):
+            return False
+    return True
+
+
+def steps_of(stream: Stream) -> list[Step]:
+    """The current block's layers in the order in which the first batch reaches them.
+
+    Layers that receive the very same tensor form one group. The experts of a fused parameter form
+    one step, each with its own input. Layers that the first batch does not reach come last.
+    """
+    layers = stream.current.layers
+    seen: dict[tuple[Any, ...], list[PrunableLayer]] = {}
+    held: list[Tensor] = []  # as long as the tensors live, their addresses are theirs alone
+
+    def observer(layer: PrunableLayer, inputs: Tensor) -> None:
+        held.append(inputs)
+        key: tuple[Any, ...]
+        if layer.expert is not None:
+            key = (id(layer.module), layer.parameter)
+        else:
+            key = (inputs.data_ptr(), tuple(inputs.shape), inputs.stride())
+        group = seen.setdefault(key, [])
+        if layer not in group:
+            group.append(layer)
+
+    stream.observe(0, layers, observer)
+    steps = []
+    placed: set[PrunableLayer] = set()
+    for members in seen.values():
+        members = [layer for layer in members if layer not in placed]
+        if not members:
+            continue
+        if members[0].expert is not None:
+            first = members[0]
+            experts = [
+                x for x in layers if x.module is first.module and x.parameter == first.parameter
+            ]
+            steps.append(Step(tuple((layer,) for layer in experts)))
+            placed.update(experts)
+        else:
+            steps.append(Step((tuple(members),)))
+            placed.update(members)
+    steps += [Step(((layer,),)) for layer in layers if layer not in placed]
+    return steps
+
+
+@contextmanager
+def _observed(layers: Sequence[PrunableLayer], observer: Observer, stop: bool) -> Iterator[None]:
+    """Tell ``observer`` what each of ``layers`` receives.
+
+    With ``stop`` the forward ends after the last of them, unless some are experts, which are
+    reached as the router decides.
+    """
+    modules = [layer for layer in layers if layer.expert is None]
+    experts = [layer for layer in layers if layer.expert is not None]
+    waiting = {layer.name for layer in modules}
+
+    def hook_of(layer: PrunableLayer) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            observer(layer, inputs)
+            waiting.discard(layer.name)
+            if stop and not waiting and not experts:
+                raise _Stop
+
+        return hook
+
+    handles = [
+        layer.module.register_forward_pre_hook(hook_of(layer), with_kwargs=True) for layer in modules
+    ]
+    try:
+        if experts:
+            with _ExpertObserver(experts, observer):
+                yield
+        else:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _ExpertObserver(TorchFunctionMode):
+    """Sees the matrix products with single experts' weights, whatever module makes them."""
+
+    def __init__(self, layers: Sequence[PrunableLayer], observer: Observer) -> None:
+        super().__init__()
+        self._layers = {layer.stored.data_ptr(): layer for layer in layers}
+        self._observer = observer
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        products = (nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__)
+        if func in products and len(args) > 1 and isinstance(args[1], Tensor) and args[1].ndim == 2:
+            layer = self._layers.get(args[1].data_ptr())
+            if layer is not None:
+                self._observer(layer, args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def experts_one_by_one(model: nn.Module) -> Iterator[None]:
+    """Let fused experts run one product per expert, so that each one's inputs can be seen."""
+    setter = getattr(model, "set_experts_implementation", None)
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "_experts_implementation", None)
+    if setter is None or before in (None, "eager"):
+        yield
+        return
+    try:
+        setter("eager")
+    except (ValueError, KeyError) as error:
+        raise InvalidModelError(
+            f"{type(model).__name__}: expected experts that run one by one, found {error}"
+        ) from error
+    try:
+        yield
+    finally:
+        setter(before)

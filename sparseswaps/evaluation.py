@@ -1,0 +1,84 @@
+"""How good a model is: perplexity of causal models, similarity of embeddings of the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .models import forward_inputs, model_kind
+
+# Logits of one forward call: windows x tokens x vocabulary entries in float32 stay below 1 GiB.
+LOGIT_ENTRIES = 1 << 28
+TOKENS_PER_BATCH = 8192
+
+Report = Callable[[int, int], None]
+
+
+def perplexity(model: nn.Module, windows: Tensor, report: Report | None = None) -> float:
+    """Perplexity by the field's protocol (SparseGPT's evaluation).
+
+    Mean over windows of the mean cross-entropy over the length - 1 shifted tokens, then exp.
+
+    Args:
+        model: a causal model.
+        windows: (windows, length) token ids, non-overlapping.
+        report: called with (windows done, windows in all).
+    """
+    length = windows.shape[1]
+    vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 1 << 15))
+    size = max(1, min(TOKENS_PER_BATCH // length, LOGIT_ENTRIES // (length * vocabulary)))
+    device = next(model.parameters()).device
+    total = 0.0
+    for done, batch in _batches(windows, size):
+        with torch.no_grad():
+            inputs = batch.to(device)
+            logits = model(**forward_inputs(model, inputs)).logits[:, :-1].float()
+            losses = nn.functional.cross_entropy(
+                logits.transpose(1, 2), inputs[:, 1:], reduction="none"
+            )
+        total += float(losses.double().mean(1).sum())
+        if report:
+            report(done, len(windows))
+    mean = total / len(windows)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def pooled_embeddings(model: nn.Module, windows: Tensor, report: Report | None = None) -> Tensor:
+    """Mean-pooled last hidden states (windows, hidden), float32, on the CPU.
+
+    Args:
+        model: an encoder, or an encoder-decoder, whose encoder is used.
+        windows: (windows, length) token ids without padding.
+        report: called with (windows done, windows in all).
+    """
+    base: Any = getattr(model, "base_model", model)
+    device = next(model.parameters()).device
+    pooled = []
+    for done, batch in _batches(windows, max(1, TOKENS_PER_BATCH // windows.shape[1])):
+        with torch.no_grad():
+            output = base(**forward_inputs(model, batch.to(device)))
+        hidden = getattr(output, "encoder_last_hidden_state", None)
+        hidden = output.last_hidden_state if hidden is None else hidden
+        pooled.append(hidden.float().mean(1).cpu())
+        if report:
+            report(done, len(windows))
+    return torch.cat(pooled)
+
+
+def mean_cosine(embeddings: Tensor, reference: Tensor) -> float:
+    """Mean cosine similarity of corresponding rows, each (windows, hidden)."""
+    return float(nn.functional.cosine_similarity(embeddings.double(), reference.double(), dim=1).mean())
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether perplexity is the measure; otherwise it is the cosine of pooled embeddings."""
+    return model_kind(model) == "causal"
+
+
+def _batches(windows: Tensor, size: int) -> list[tuple[int, Tensor]]:
+    """Batches with the number of windows that are done after each."""
+    return [(min(i + size, len(windows)), windows[i : i + size]) for i in range(0, len(windows), size)]

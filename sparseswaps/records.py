@@ -1,0 +1,151 @@
+"""What a run leaves behind: plain frozen rows in one SQLite database (standard library only).
+
+A run writes one row of settings and one row per finished layer, mask included, each in its own
+transaction, so a killed run loses nothing that was finished and can resume.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import InvalidFileError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One pruned layer.
+
+    Errors are relative: the layer error divided by ``‖W X̂‖_F²`` on the same tokens. With drift they
+    are errors against the target that the drift sets (see ``problems.layer``).
+
+    Attributes:
+        name: layer name; block: index of its block; kind: type inside the block.
+        rows, cols: shape of the weight; pattern: ``keep:block``; sparsity: achieved pruned share.
+        tokens: calibration tokens that reached the layer; dead_channels: inputs that are always 0.
+        error_start, error: relative layer error of the warm start and of the result.
+        held_out_error_start, held_out_error: the same on held-out text, None without any.
+        swaps: swaps in all; certified_rows: rows with a 1-swap certificate, None if unknown.
+        status: why the solver stopped; seconds: its wall-clock time.
+        fallback: empty, or why another rule chose the mask.
+    """
+
+    name: str
+    block: int
+    kind: str
+    rows: int
+    cols: int
+    pattern: str
+    sparsity: float
+    tokens: int
+    dead_channels: int
+    error_start: float
+    error: float
+    held_out_error_start: float | None
+    held_out_error: float | None
+    swaps: int
+    certified_rows: int | None
+    status: str
+    seconds: float
+    fallback: str = ""
+
+
+_LAYER_COLUMNS = [field.name for field in fields(LayerRecord)]
+
+
+class RunDatabase:
+    """The record of one pruning run.
+
+    Args:
+        path: database file; its folder is created. ``None`` keeps the record in memory.
+
+    Raises:
+        InvalidFileError: if the file is not a record of this version.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._connection = sqlite3.connect(path or ":memory:", isolation_level=None)
+        try:
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, SCHEMA_VERSION):
+                raise InvalidFileError(
+                    f"record {path}: expected schema version {SCHEMA_VERSION}, found {version}"
+                )
+            with self._transaction() as connection:
+                connection.execute("CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT)")
+                columns = ", ".join(f'"{name}"' for name in _LAYER_COLUMNS)
+                connection.execute(
+                    f"CREATE TABLE IF NOT EXISTS layer ({columns}, mask BLOB, PRIMARY KEY (name))"
+                )
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        except sqlite3.DatabaseError as error:
+            self._connection.close()
+            raise InvalidFileError(f"record {path}: expected an SQLite database, found {error}") from error
+        except InvalidFileError:
+            self._connection.close()
+            raise
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield self._connection
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+
+    def set(self, values: Mapping[str, Any]) -> None:
+        """Store facts about the run, each as JSON, replacing earlier values."""
+        with self._transaction() as connection:
+            connection.executemany(
+                "INSERT OR REPLACE INTO run VALUES (?, ?)",
+                [(key, json.dumps(value, sort_keys=True)) for key, value in values.items()],
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """Everything stored with ``set``."""
+        rows = self._connection.execute("SELECT key, value FROM run ORDER BY key")
+        return {key: json.loads(value) for key, value in rows}
+
+    def add_layer(self, record: LayerRecord, packed_mask: bytes) -> None:
+        """Store a finished layer and its mask (packed bits, row by row) in one transaction."""
+        values = [*asdict(record).values(), packed_mask]
+        with self._transaction() as connection:
+            places = ", ".join("?" * len(values))
+            connection.execute(f"INSERT OR REPLACE INTO layer VALUES ({places})", values)
+
+    def layers(self) -> list[LayerRecord]:
+        """Finished layers in the order in which they were finished."""
+        names = ", ".join(f'"{name}"' for name in _LAYER_COLUMNS)
+        rows = self._connection.execute(f"SELECT {names} FROM layer ORDER BY rowid")
+        return [LayerRecord(*row) for row in rows]
+
+    def packed_mask(self, name: str) -> bytes | None:
+        """Mask of a finished layer, or None."""
+        row = self._connection.execute("SELECT mask FROM layer WHERE name = ?", (name,)).fetchone()
+        return None if row is None else row[0]
+
+    def close(self) -> None:
+        """Write everything to the one database file and let go of it."""
+        with closing(self._connection) as connection:
+            if self.path is not None:
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                connection.execute("PRAGMA journal_mode = DELETE")
+
+    def __enter__(self) -> RunDatabase:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

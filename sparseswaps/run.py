@@ -1,0 +1,438 @@
+"""The main job: load a model, prune it, measure it, save it, verify what was saved."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .calibration import Windows, calibration_windows, evaluation_windows
+from .errors import InputError, InvalidFileError, InvalidTextError
+from .evaluation import is_causal, mean_cosine, perplexity, pooled_embeddings
+from .masks import MASK_FILE, LayerMask, layer_mask, load_masks, require_verified, save_masks, verify_model
+from .models import (
+    DEFAULT_EXCLUDE,
+    LoadedModel,
+    PrunableLayer,
+    check_finite,
+    find_blocks,
+    load_model,
+    max_length,
+    resolve_device,
+)
+from .pipeline import Mode, Progress, Silent, prune_layers
+from .problems import SparsityPattern
+from .records import LayerRecord, RunDatabase
+from .solvers import OneSwap, Solver, Wanda
+
+RECORD_FILE = "record.sqlite"
+DEFAULT_LENGTH = 2048
+HELD_OUT_WINDOWS = 16
+LIBRARIES = ("sparseswaps", "torch", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """Everything that one run found out, ready to be written as JSON.
+
+    Attributes:
+        model, pattern, solver, start, mode, drift: what was asked for.
+        samples, length, seed: calibration windows; calibration_hash: SHA-256 of their tokens.
+        evaluation, evaluation_windows: source and number of evaluation windows, each ``length`` long.
+        perplexity_dense, perplexity_pruned: of causal models.
+        cosine: mean cosine of pooled embeddings to the dense model's, for the others.
+        layers: one record per layer.
+        error_start, error: layer errors summed over layers, relative to the summed output norms of
+            the same layers (see ``LayerRecord``), unweighted mean over layers.
+        sparsity: pruned share of the prunable weights.
+        seconds: wall-clock time of the whole run; seconds_layers: of the searches alone.
+        peak_memory_mb: largest resident set of the process; on CUDA the device's peak beside it.
+        device, versions: where and with what.
+        out: directory of the pruned model, or None.
+    """
+
+    model: str
+    pattern: str
+    solver: str
+    start: str
+    mode: str
+    drift: float
+    samples: int
+    length: int
+    seed: int
+    calibration: str
+    calibration_hash: str
+    evaluation: str | None
+    evaluation_windows: int
+    perplexity_dense: float | None
+    perplexity_pruned: float | None
+    cosine: float | None
+    layers: tuple[LayerRecord, ...]
+    error_start: float
+    error: float
+    sparsity: float
+    seconds: float
+    seconds_layers: float
+    peak_memory_mb: float
+    peak_device_memory_mb: float | None
+    device: str
+    versions: Mapping[str, str]
+    out: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values only."""
+        return asdict(self)
+
+
+def prune(
+    model: str | os.PathLike[str] | LoadedModel,
+    pattern: str = "0.5",
+    *,
+    calibration: str | os.PathLike[str],
+    evaluation: str | os.PathLike[str] | None = None,
+    solver: Solver | None = None,
+    start: Solver | None = None,
+    samples: int = 128,
+    length: int | None = None,
+    seed: int = 0,
+    mode: Mode = Mode.SEQUENTIAL,
+    drift: float = 0.0,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    device: str = "auto",
+    dtype: str = "auto",
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> PruneReport:
+    """Prune a model and measure what that did.
+
+    Args:
+        model: directory, hub name, or a loaded model, which is then pruned in place.
+        pattern: ``0.5``, ``50%`` or ``2:4``.
+        calibration: text file, token file or dataset (see ``calibration_windows``).
+        evaluation: the same, for perplexity or cosine and the held-out layer error; None for none.
+        solver: chooses the masks, ``OneSwap()`` by default.
+        start: its warm start, ``Wanda()`` by default.
+        samples: calibration windows.
+        length: tokens per window, 2048 by default, at most what the model's positions allow.
+        seed: of the choice of windows.
+        mode: sequential or one-shot.
+        drift: strength in [0, 1], sequential mode only.
+        include, exclude: shell patterns of layer names.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        dtype: of the computation; ``auto`` is float32 on a CPU, else the checkpoint's.
+        out: directory for the pruned model, its mask file and its record.
+        resume: go on with an interrupted run of the same settings in ``out``.
+        progress: told how far the run is.
+
+    Raises:
+        InputError: for anything that cannot be used; nothing is left behind then.
+    """
+    begin = time.perf_counter()
+    progress = progress or Silent()
+    solver = OneSwap() if solver is None else solver
+    start = Wanda() if start is None else start
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        _check_folder(folder, resume)
+    target = resolve_device(device)
+    if target.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(target)
+    loaded = model if isinstance(model, LoadedModel) else load_model(model, target, dtype)
+    length = window_length(loaded, length)
+    causal = is_causal(loaded.model)
+    windows = calibration_windows(calibration, loaded.tokenizer, samples, length, seed, not causal)
+    eval_windows = None
+    if evaluation is not None:
+        eval_windows = evaluation_windows(evaluation, loaded.tokenizer, length, special_tokens=not causal)
+    _check_vocabulary(loaded, windows, eval_windows)
+    blocks = find_blocks(loaded.model, include, exclude)
+    check_finite(blocks)
+    layers = [layer for block in blocks for layer in block.layers]
+    dense = _Dense.of(loaded, layers)
+    settings = {
+        "model": loaded.source,
+        "weights": dense.hash_of_all(),
+        "pattern": pattern,
+        "solver": repr(solver),
+        "start": repr(start),
+        "mode": str(mode),
+        "drift": drift,
+        "samples": len(windows),
+        "length": length,
+        "seed": seed,
+        "calibration": windows.hash,
+        "evaluation": None if eval_windows is None else eval_windows.hash,
+        "layers": [layer.name for layer in layers],
+        "device": target.type,
+        "dtype": str(loaded.model.dtype),
+    }
+    with _record(folder, settings, resume) as record:
+        before = after = cosine = None
+        reference: Tensor | None = None
+        if eval_windows is not None:
+            if causal:
+                before = perplexity(loaded.model, eval_windows.tokens, _stage(progress, "dense perplexity"))
+            else:
+                reference = pooled_embeddings(
+                    loaded.model, eval_windows.tokens, _stage(progress, "dense embeddings")
+                )
+        masks = prune_layers(
+            loaded.model,
+            blocks,
+            pattern,
+            windows.tokens,
+            solver,
+            start,
+            mode,
+            drift,
+            None if eval_windows is None else _spread(eval_windows.tokens, HELD_OUT_WINDOWS),
+            record,
+            progress,
+        )
+        if eval_windows is not None:
+            if causal:
+                after = perplexity(loaded.model, eval_windows.tokens, _stage(progress, "pruned perplexity"))
+            elif reference is not None:
+                found = pooled_embeddings(
+                    loaded.model, eval_windows.tokens, _stage(progress, "pruned embeddings")
+                )
+                cosine = mean_cosine(found, reference)
+        records = {finished.name: finished for finished in record.layers()}
+        finished = tuple(records[layer.name] for layer in layers)
+        if folder is not None:
+            _save(folder, loaded, layers, masks, pattern, dense)
+        report = PruneReport(
+            model=loaded.source,
+            pattern=pattern,
+            solver=repr(solver),
+            start=repr(start),
+            mode=str(mode),
+            drift=drift,
+            samples=len(windows),
+            length=length,
+            seed=seed,
+            calibration=windows.source,
+            calibration_hash=windows.hash,
+            evaluation=None if eval_windows is None else eval_windows.source,
+            evaluation_windows=0 if eval_windows is None else len(eval_windows),
+            perplexity_dense=before,
+            perplexity_pruned=after,
+            cosine=cosine,
+            layers=finished,
+            error_start=sum(layer.error_start for layer in finished) / len(finished),
+            error=sum(layer.error for layer in finished) / len(finished),
+            sparsity=_pruned_share(finished),
+            seconds=time.perf_counter() - begin,
+            seconds_layers=sum(layer.seconds for layer in finished),
+            peak_memory_mb=peak_memory_mb(),
+            peak_device_memory_mb=(
+                torch.cuda.max_memory_allocated(target) / 1e6 if target.type == "cuda" else None
+            ),
+            device=_device_name(target),
+            versions=versions(),
+            out=None if folder is None else str(folder),
+        )
+        record.set({"report": {k: v for k, v in report.to_json().items() if k != "layers"}})
+    return report
+
+
+def window_length(loaded: LoadedModel, length: int | None) -> int:
+    """Tokens per window: what was asked for, or 2048 capped by the model.
+
+    Raises:
+        InvalidTextError: if the model has no positions for ``length`` tokens.
+    """
+    longest = max_length(loaded.model)
+    if length is None:
+        return min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
+    if longest is not None and length > longest:
+        raise InvalidTextError(
+            f"window length: expected at most {longest} tokens, the positions of {loaded.source}, found {length}"
+        )
+    return length
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def peak_memory_mb() -> float:
+    """Largest resident set of this process so far, in 10⁶ bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+@dataclass(frozen=True, eq=False)
+class _Dense:
+    """Weights (rows, cols) of the dense model in the checkpoint's dtypes, for the mask file."""
+
+    weights: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, layers: Sequence[PrunableLayer]) -> _Dense:
+        names = {id(parameter): name for name, parameter in loaded.model.named_parameters()}
+        weights = {}
+        for layer in layers:
+            dtype = loaded.dtypes[names[id(getattr(layer.module, layer.parameter))]]
+            weights[layer.name] = layer.weight.detach().to("cpu", dtype, copy=True)
+        return cls(weights)
+
+    def hash_of_all(self) -> str:
+        """One hash over all weights."""
+        import hashlib
+
+        digest = hashlib.sha256()
+        for name, weight in self.weights.items():
+            digest.update(name.encode())
+            digest.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _stage(progress: Progress, text: str) -> Any:
+    return lambda done, total: progress.stage(text, done, total)
+
+
+def _spread(windows: Tensor, count: int) -> Tensor:
+    """At most ``count`` windows, evenly spread."""
+    if len(windows) <= count:
+        return windows
+    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
+
+
+def _pruned_share(layers: Sequence[LayerRecord]) -> float:
+    weights = sum(layer.rows * layer.cols for layer in layers)
+    return sum(layer.sparsity * layer.rows * layer.cols for layer in layers) / weights
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _check_vocabulary(loaded: LoadedModel, *windows: Windows | None) -> None:
+    size = loaded.model.get_input_embeddings().num_embeddings
+    for each in windows:
+        if each is not None and not 0 <= int(each.tokens.min()) <= int(each.tokens.max()) < size:
+            raise InvalidTextError(
+                f"tokens of {each.source}: expected ids from 0 to {size - 1}, the vocabulary of "
+                f"{loaded.source}, found {int(each.tokens.min())} to {int(each.tokens.max())}"
+            )
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InvalidFileError(f"output {folder}: expected a directory, found a file")
+    if (folder / MASK_FILE).exists():
+        raise InvalidFileError(f"output {folder}: expected an empty directory, found a finished pruned model")
+    if (folder / RECORD_FILE).exists() and not resume:
+        raise InvalidFileError(
+            f"output {folder}: expected an empty directory, found an unfinished run; add --resume to go on"
+        )
+    if folder.is_dir() and not resume and any(folder.iterdir()):
+        raise InvalidFileError(f"output {folder}: expected an empty directory, found other files")
+
+
+@contextmanager
+def _record(folder: Path | None, settings: Mapping[str, Any], resume: bool) -> Iterator[RunDatabase]:
+    """The run's record; where no layer was finished, a failed run leaves nothing behind."""
+    existed = folder is not None and folder.exists()
+    with _disk_errors(folder), RunDatabase(None if folder is None else folder / RECORD_FILE) as record:
+        try:
+            known = record.facts().get("settings")
+            if resume and known is not None:
+                different = [key for key in settings if known.get(key) != settings[key]]
+                if different:
+                    key = different[0]
+                    raise InputError(
+                        f"resume {folder}: expected the settings of the interrupted run, found another {key} "
+                        f"({_short(settings[key])} instead of {_short(known.get(key))})"
+                    )
+            else:
+                record.set({"settings": dict(settings)})
+            yield record
+        except BaseException:
+            if folder is not None and not record.layers():
+                record.close()
+                (folder / RECORD_FILE).unlink(missing_ok=True)
+                if not existed and folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+            raise
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@contextmanager
+def _disk_errors(folder: Path | None) -> Iterator[None]:
+    """A full disk or a forbidden folder becomes one clear sentence."""
+    import sqlite3
+
+    try:
+        yield
+    except (OSError, SafetensorError, sqlite3.OperationalError) as error:
+        raise InvalidFileError(f"output {folder}: expected to be able to write there, found {error}") from error
+
+
+def _save(
+    folder: Path,
+    loaded: LoadedModel,
+    layers: Sequence[PrunableLayer],
+    masks: Mapping[str, Tensor],
+    pattern: str,
+    dense: _Dense,
+) -> None:
+    """Write model, tokenizer and mask file into ``folder``; all of it appears or nothing."""
+    facts: dict[str, LayerMask] = {}
+    for layer in layers:
+        weight = dense.weights[layer.name]
+        # exact zeros and the checkpoint's own kept weights, whatever dtype was computed in
+        layer.write(weight.masked_fill(~masks[layer.name], 0))
+        parsed = SparsityPattern.parse(pattern, weight.shape[1])
+        facts[layer.name] = layer_mask(masks[layer.name], parsed, weight)
+    save_model(folder, loaded, masks, facts)
+
+
+def save_model(
+    folder: Path, loaded: LoadedModel, masks: Mapping[str, Tensor], facts: Mapping[str, LayerMask]
+) -> None:
+    """Save a pruned model as a Hugging Face directory with its mask file, and verify it.
+
+    Everything is written to a folder beside the final files, reloaded, verified and only then moved.
+
+    Raises:
+        InvalidFileError: if it cannot be written.
+        VerificationError: if the reloaded model is not what the masks say.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _disk_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
+        partial = Path(name)
+        loaded.restore_dtypes()
+        loaded.model.save_pretrained(partial)
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(partial)
+        save_masks(partial / MASK_FILE, masks, facts, loaded.source)
+        reloaded = load_model(partial, "cpu", dtype="checkpoint")
+        require_verified(verify_model(reloaded.model, load_masks(partial)), f"saved model {folder}")
+        # the mask file says that the directory is complete, so it goes last
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == MASK_FILE):
+            shutil.move(path, folder / path.name)
