@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import types
+import typing
+
 from ..errors import InputError
 from .base import Solver
 from .enumeration import Enumeration
@@ -22,3 +26,46 @@ def solver_class(name: str) -> type[Solver]:
     if name not in SOLVERS:
         raise InputError(f"unknown solver: expected one of {', '.join(SOLVERS)}, found {name!r}")
     return SOLVERS[name]
+
+
+def parse_solver(text: str) -> Solver:
+    """A solver from ``name`` or ``name:option=value,option=value``, such as ``ria:alpha=1``.
+
+    Raises:
+        InputError: for an unknown solver or option, or a value of another type.
+    """
+    name, _, rest = text.strip().partition(":")
+    kind = solver_class(name)
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]  # all are dataclasses
+    hints = typing.get_type_hints(kind)
+    options: dict[str, object] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        key = key.strip().replace("-", "_")
+        if key not in known or not equals:
+            raise InputError(
+                f"options of solver {name}: expected option=value with one of "
+                f"{', '.join(sorted(known)) or 'none'}, found {part!r}"
+            )
+        options[key] = _value(name, key, value.strip(), hints[key])
+    return kind(**options)
+
+
+def _value(solver: str, option: str, text: str, hint: object) -> object:
+    """``text`` as the type that an option's annotation names."""
+    union = isinstance(hint, types.UnionType)
+    for member in typing.get_args(hint) if union else (hint,):
+        if member is type(None) and text.lower() == "none":
+            return None
+        if member is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if member in (int, float):
+            try:
+                return member(text)
+            except ValueError:
+                continue
+        if member is str:
+            return text
+        if typing.get_origin(member) is typing.Literal and text in typing.get_args(member):
+            return text
+    raise InputError(f"option {option} of solver {solver}: expected {hint}, found {text!r}")

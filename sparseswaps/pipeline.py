@@ -130,6 +130,43 @@ def prune_layers(
         return job.run(calibration, held_out)
 
 
+def layer_problems(
+    model: nn.Module, blocks: Sequence[Block], pattern: str, calibration: Tensor
+) -> Iterator[LayerProblem]:
+    """Every layer of ``blocks`` as a problem on the dense model's activations, block by block.
+
+    Layers that no calibration token reaches are left out.
+
+    Args:
+        model: the dense model; it is not changed.
+        blocks: from ``find_blocks``.
+        pattern: ``0.5``, ``50%`` or ``2:4``.
+        calibration: token windows (windows, length).
+    """
+    for block in blocks:
+        for layer in block.layers:
+            _pattern_of(layer, pattern)
+    with experts_one_by_one(model):
+        skip = can_skip(model, blocks, calibration)
+        stream = Stream(model, blocks, calibration, batch_size_for(calibration.shape[1]), skip)
+        for block in blocks:
+            groups = [group for step in steps_of(stream) for group in step.inputs] if block.layers else []
+            leaders = [group[0] for group in groups]
+            sums = {x.name: GramAccumulator(x.weight.shape[1], x.weight.device) for x in leaders}
+            for batch in range(len(stream)):
+                stream.observe(
+                    batch, leaders, lambda layer, x, sums=sums: _add(sums[layer.name], layer, x), advance=True
+                )
+            stream.finish_block()
+            for group in groups:
+                if sums[group[0].name].tokens:
+                    gram = sums[group[0].name].gram()
+                    for layer in group:
+                        yield LayerProblem(
+                            layer.weight.clone(), gram, _pattern_of(layer, pattern), name=layer.name
+                        )
+
+
 def _pattern_of(layer: PrunableLayer, pattern: str) -> SparsityPattern:
     try:
         return SparsityPattern.parse(pattern, layer.weight.shape[1])
