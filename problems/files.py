@@ -75,7 +75,7 @@ def load_instance_with_provenance(path: str | os.PathLike[str]) -> tuple[LayerPr
     try:
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
     except (SafetensorError, OSError) as error:
         raise InvalidFileError(f"instance file {source}: expected safetensors, found {error}") from error
     if metadata.get("format") != FORMAT or not {"weight", "gram"} <= tensors.keys():

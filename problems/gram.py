@@ -242,7 +242,9 @@ class GramAccumulator:
 
     def _require_tokens(self) -> None:
         if self.tokens == 0:
-            raise InvalidProblemError("a Gram matrix needs activations: expected at least one token, found none")
+            raise InvalidProblemError(
+                "a Gram matrix needs activations: expected at least one token, found none"
+            )
 
     def _flatten(self, inputs: Tensor) -> Tensor:
         cols = self._sums.shape[-1]

@@ -90,7 +90,7 @@ class LayerProblem:
             )
         if weight.dtype not in (torch.float32, torch.float64):
             weight = weight.float()
-        rows, cols = weight.shape
+        cols = weight.shape[1]
         gram = self.gram if isinstance(self.gram, Gram) else Gram(self.gram)
         if gram.cols != cols:
             raise InvalidProblemError(

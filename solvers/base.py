@@ -218,7 +218,7 @@ def _checked(problem: LayerProblem, solver: Solver, outcome: Outcome, seconds: f
     mask = outcome.mask
     if mask is None:
         raise NoIncumbentError(
-            f"solver {solver.name} stopped ({outcome.status}) before it found a mask: expected one, found none"
+            f"solver {solver.name} stopped ({outcome.status}) early: expected a mask, found none"
         )
     if not problem.is_feasible(mask):
         raise InvalidOutcomeError(

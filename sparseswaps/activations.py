@@ -215,9 +215,7 @@ def steps_of(stream: Stream) -> list[Step]:
             continue
         if members[0].expert is not None:
             first = members[0]
-            experts = [
-                x for x in layers if x.module is first.module and x.parameter == first.parameter
-            ]
+            experts = [x for x in layers if x.module is first.module and x.parameter == first.parameter]
             steps.append(Step(tuple((layer,) for layer in experts)))
             placed.update(experts)
         else:
@@ -248,9 +246,7 @@ def _observed(layers: Sequence[PrunableLayer], observer: Observer, stop: bool) -
 
         return hook
 
-    handles = [
-        layer.module.register_forward_pre_hook(hook_of(layer), with_kwargs=True) for layer in modules
-    ]
+    handles = [layer.module.register_forward_pre_hook(hook_of(layer), with_kwargs=True) for layer in modules]
     try:
         if experts:
             with _ExpertObserver(experts, observer):

@@ -12,9 +12,7 @@ import zlib
 from pathlib import Path
 from typing import Literal
 
-EXCLUDED_FOLDERS = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-)
+EXCLUDED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
 
 def standard_library_files(part: Literal["train", "held-out"]) -> list[Path]:

@@ -37,9 +37,7 @@ def perplexity(model: nn.Module, windows: Tensor, report: Report | None = None) 
         with torch.no_grad():
             inputs = batch.to(device)
             logits = model(**forward_inputs(model, inputs)).logits[:, :-1].float()
-            losses = nn.functional.cross_entropy(
-                logits.transpose(1, 2), inputs[:, 1:], reduction="none"
-            )
+            losses = nn.functional.cross_entropy(logits.transpose(1, 2), inputs[:, 1:], reduction="none")
         total += float(losses.double().mean(1).sum())
         if report:
             report(done, len(windows))

@@ -102,9 +102,7 @@ def layer_mask(mask: Tensor, pattern: SparsityPattern, dense_weight: Tensor) -> 
     )
 
 
-def save_masks(
-    path: Path, masks: Mapping[str, Tensor], layers: Mapping[str, LayerMask], model: str
-) -> None:
+def save_masks(path: Path, masks: Mapping[str, Tensor], layers: Mapping[str, LayerMask], model: str) -> None:
     """Write a mask file."""
     metadata = {
         "format": FORMAT,
@@ -128,7 +126,7 @@ def load_masks(path: str | os.PathLike[str]) -> MaskFile:
     try:
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}
-            packed = {name: file.get_tensor(name) for name in file.keys()}
+            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
     except (SafetensorError, OSError) as error:
         raise InvalidFileError(f"mask file {source}: expected safetensors, found {error}") from error
     if metadata.get("format") != FORMAT:
@@ -213,7 +211,9 @@ def verify_model(model: nn.Module, file: MaskFile, original: nn.Module | None = 
         weight = layer.weight.cpu()
         revived = int((weight[~mask] != 0).sum())
         if revived:
-            problems.append(f"layer {name}: expected zeros where the mask prunes, found {revived} other values")
+            problems.append(
+                f"layer {name}: expected zeros where the mask prunes, found {revived} other values"
+            )
         elif weight_hash(weight) != facts.kept_hash:
             problems.append(f"layer {name}: expected kept weights equal to the dense model's, found others")
         if original is not None:

@@ -117,14 +117,24 @@ def prune_layers(
     if not 0 <= drift <= 1:
         raise InputError(f"drift strength is a share: expected 0 ≤ drift ≤ 1, found {drift:g}")
     if drift and mode is Mode.ONE_SHOT:
-        raise InputError("drift needs the inputs of the pruned model: expected sequential mode, found one-shot")
+        raise InputError(
+            "drift needs the inputs of the pruned model: expected sequential mode, found one-shot"
+        )
     layers = [layer for block in blocks for layer in block.layers]
     for layer in layers:  # before any work is done
         _pattern_of(layer, pattern)
     database = record or RunDatabase(None)
     with experts_one_by_one(model):
         job = _Job(
-            model, blocks, pattern, solver, start, mode, drift, database, progress or Silent(),
+            model,
+            blocks,
+            pattern,
+            solver,
+            start,
+            mode,
+            drift,
+            database,
+            progress or Silent(),
             sum(layer.weight.numel() for layer in layers),
         )
         return job.run(calibration, held_out)

@@ -109,6 +109,7 @@ def prune(
     samples: int = 128,
     length: int | None = None,
     seed: int = 0,
+    evaluation_limit: int | None = None,
     mode: Mode = Mode.SEQUENTIAL,
     drift: float = 0.0,
     include: Sequence[str] = (),
@@ -131,9 +132,11 @@ def prune(
         samples: calibration windows.
         length: tokens per window, 2048 by default, at most what the model's positions allow.
         seed: of the choice of windows.
+        evaluation_limit: use only so many windows of the evaluation text; all by default.
         mode: sequential or one-shot.
         drift: strength in [0, 1], sequential mode only.
-        include, exclude: shell patterns of layer names.
+        include: shell patterns of layer names; empty means all.
+        exclude: shell patterns of layer names that stay dense.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: of the computation; ``auto`` is float32 on a CPU, else the checkpoint's.
         out: directory for the pruned model, its mask file and its record.
@@ -159,7 +162,9 @@ def prune(
     windows = calibration_windows(calibration, loaded.tokenizer, samples, length, seed, not causal)
     eval_windows = None
     if evaluation is not None:
-        eval_windows = evaluation_windows(evaluation, loaded.tokenizer, length, special_tokens=not causal)
+        eval_windows = evaluation_windows(
+            evaluation, loaded.tokenizer, length, evaluation_limit, special_tokens=not causal
+        )
     _check_vocabulary(loaded, windows, eval_windows)
     blocks = find_blocks(loaded.model, include, exclude)
     check_finite(blocks)
@@ -263,7 +268,8 @@ def window_length(loaded: LoadedModel, length: int | None) -> int:
         return min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
     if longest is not None and length > longest:
         raise InvalidTextError(
-            f"window length: expected at most {longest} tokens, the positions of {loaded.source}, found {length}"
+            f"window length: expected at most {longest} tokens, the positions of {loaded.source}, "
+            f"found {length}"
         )
     return length
 
@@ -390,7 +396,9 @@ def _disk_errors(folder: Path | None) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, sqlite3.OperationalError) as error:
-        raise InvalidFileError(f"output {folder}: expected to be able to write there, found {error}") from error
+        raise InvalidFileError(
+            f"output {folder}: expected to be able to write there, found {error}"
+        ) from error
 
 
 def _save(

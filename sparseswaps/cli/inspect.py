@@ -1,0 +1,93 @@
+"""``extract`` and ``solvers``: instances from a model, and what can solve them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ..calibration import calibration_windows
+from ..errors import InputError
+from ..evaluation import is_causal
+from ..models import DEFAULT_EXCLUDE, check_finite, find_blocks, load_model, resolve_device
+from ..pipeline import layer_problems
+from ..problems.files import save_instance
+from ..run import versions, window_length
+from ..solvers.registry import SOLVERS
+from .output import console, progress_bars, quiet_libraries
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``app``."""
+    app.command()(extract)
+    app.command("solvers")(list_solvers)
+
+
+def extract(
+    model: Annotated[str, typer.Argument(help="Directory or hub name of a Hugging Face model.")],
+    calibration: Annotated[str, typer.Option(metavar="FILE_OR_DATASET", help="Text, token file or dataset.")],
+    out: Annotated[Path, typer.Option(help="Directory for the instance files.")],
+    layers: Annotated[list[str] | None, typer.Option(help="Only layers that match, e.g. '*q_proj'.")] = None,
+    pattern: Annotated[str, typer.Option(help="0.5, 50% or N:M.")] = "0.5",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of windows.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Write layers of a model as instance files: weights, Gram matrix of the dense model, pattern.
+
+    [bold]Example[/]
+
+    sparseswaps extract ./llama --layers '*layers.0.*' --calibration text.txt --out instances
+    """
+    quiet_libraries()
+    if out.exists() and not out.is_dir():
+        raise InputError(f"output {out}: expected a directory, found a file")
+    loaded = load_model(model, resolve_device(device))
+    tokens = window_length(loaded, length)
+    blocks = find_blocks(loaded.model, tuple(layers or ()), DEFAULT_EXCLUDE)
+    check_finite(blocks)
+    windows = calibration_windows(
+        calibration, loaded.tokenizer, samples, tokens, seed, not is_causal(loaded.model)
+    )
+    provenance = {
+        "model": model,
+        "calibration": windows.source,
+        "calibration_hash": windows.hash,
+        "windows": len(windows),
+        "length": tokens,
+        "seed": seed,
+        "versions": versions(),
+    }
+    total = sum(len(block.layers) for block in blocks)
+    table = Table("instance", "shape", "pattern", "tokens", "dead channels")
+    with progress_bars() as bars:
+        for done, problem in enumerate(layer_problems(loaded.model, blocks, pattern, windows.tokens), 1):
+            path = out / f"{re.sub(r'[^A-Za-z0-9._-]', '_', problem.name)}.safetensors"
+            save_instance(problem, path, provenance)
+            bars.stage("instances", done, total)
+            table.add_row(
+                str(path),
+                f"{problem.rows}×{problem.cols}",
+                str(problem.pattern),
+                str(problem.gram.tokens),
+                str(int(problem.gram.dead.sum())),
+            )
+    console.print(table)
+
+
+def list_solvers() -> None:
+    """List the solvers: name, group, options, and what to install where something is missing."""
+    table = Table("solver", "group", "options", "installed")
+    for name, solver in SOLVERS.items():
+        options = ", ".join(
+            f"{field.name}={field.default}" for field in getattr(solver, "__dataclass_fields__", {}).values()
+        )
+        missing = solver.missing()
+        table.add_row(
+            name, str(solver.group), options, f"pip install {' '.join(missing)}" if missing else "yes"
+        )
+    console.print(table)

@@ -1,0 +1,127 @@
+"""What commands show: progress bars on standard error, tables and JSON on standard output."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..records import LayerRecord
+
+console = Console()
+error_console = Console(stderr=True)
+
+
+class ProgressBars:
+    """Bars with time left, on standard error; a ``pipeline.Progress``."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def stage(self, text: str, done: int, total: int) -> None:
+        """Show ``done`` of ``total`` under ``text``."""
+        self._show(text, text, done, total)
+
+    def layer_started(self, name: str) -> None:
+        """Show which layer is searched."""
+        if "layers" in self._tasks:
+            self._bars.update(self._tasks["layers"], description=f"pruning {name}")
+
+    def layer_finished(self, record: LayerRecord, done: int, total: int) -> None:
+        """Show the share of weights that are pruned."""
+        self._show("layers", f"pruned {record.name}", done, total)
+
+    def rows(self, done: int, total: int) -> None:
+        """Show finished rows of one layer."""
+        self._show("rows", "rows", done, total)
+
+    def _show(self, key: str, text: str, done: int, total: int) -> None:
+        if key not in self._tasks:
+            self._tasks[key] = self._bars.add_task(text, total=total)
+        self._bars.update(self._tasks[key], description=text, completed=done, total=total)
+
+
+@contextmanager
+def progress_bars() -> Iterator[ProgressBars]:
+    """Progress bars while the block runs; warnings are shown above them, one line each."""
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=error_console,
+        transient=True,
+    )
+
+    def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
+        bars.console.print(f"[yellow]warning:[/] {message}", highlight=False, soft_wrap=True)
+
+    with bars, warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]  # the module attribute is the documented hook
+        yield ProgressBars(bars)
+
+
+def quiet_libraries() -> None:
+    """No progress bars and no chatter of transformers between ours."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def print_json(values: Any) -> None:
+    """One JSON object on standard output; numbers that JSON has no name for become null."""
+    sys.stdout.write(json.dumps(_finite(values), indent=2, sort_keys=True) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def layer_table(layers: Sequence[LayerRecord]) -> Table:
+    """The closing table of a run: one line per layer."""
+    table = Table(caption="errors relative to the layer's output ‖W X‖²")
+    table.add_column("layer", overflow="fold")
+    for name in ("shape", "keep", "sparsity", "start error", "error", "held-out", "swaps", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in layers:
+        held_out = "–" if layer.held_out_error is None else f"{layer.held_out_error:.4f}"
+        table.add_row(
+            layer.name + (f"  [yellow]{layer.fallback}[/]" if layer.fallback else ""),
+            f"{layer.rows}×{layer.cols}",
+            layer.pattern,
+            f"{layer.sparsity:.4f}",
+            f"{layer.error_start:.4f}",
+            f"{layer.error:.4f}",
+            held_out,
+            f"{layer.swaps}",
+            f"{layer.seconds:.2f}",
+        )
+    return table
+
+
+def key_values(rows: Sequence[tuple[str, str]]) -> Table:
+    """Two columns without borders."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table

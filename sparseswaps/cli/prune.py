@@ -1,0 +1,283 @@
+"""``prune``, ``evaluate``, ``apply`` and ``verify``: from a model to a pruned, verified model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..calibration import evaluation_windows
+from ..errors import InputError
+from ..evaluation import is_causal, mean_cosine, perplexity, pooled_embeddings
+from ..masks import apply_masks, load_masks, verify_model
+from ..models import DEFAULT_EXCLUDE, load_model, resolve_device
+from ..pipeline import Mode
+from ..run import PruneReport, save_model, versions, window_length
+from ..run import prune as run_prune
+from ..solvers.registry import parse_solver
+from .output import (
+    console,
+    error_console,
+    key_values,
+    layer_table,
+    print_json,
+    progress_bars,
+    quiet_libraries,
+)
+
+Text = Annotated[
+    str,
+    typer.Option(metavar="FILE_OR_DATASET", help="Text file, token file (.npy), stdlib, or a dataset name."),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output and nothing else.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Length = Annotated[
+    int | None, typer.Option(help="Tokens per window; 2048 by default, at most what the model allows.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``app``."""
+    app.command()(prune)
+    app.command()(evaluate)
+    app.command()(apply)
+    app.command()(verify)
+
+
+def prune(
+    model: Annotated[str, typer.Argument(help="Directory or hub name of a Hugging Face model.")],
+    calibration: Text,
+    pattern: Annotated[str, typer.Option(help="0.5 or 50% of each row, or N:M such as 2:4.")] = "0.5",
+    solver: Annotated[
+        str, typer.Option(help="NAME or NAME:option=value,...; see the command solvers.")
+    ] = "one-swap",
+    start: Annotated[str, typer.Option(help="Warm start: magnitude, wanda, ria, random.")] = "wanda",
+    evaluation: Annotated[
+        str | None,
+        typer.Option("--eval", metavar="FILE_OR_DATASET", help="For perplexity and held-out layer errors."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    length: Length = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of windows.")] = 0,
+    eval_windows: Annotated[
+        int | None, typer.Option(help="Use only so many windows of the evaluation text.")
+    ] = None,
+    one_shot: Annotated[
+        bool, typer.Option("--one-shot", help="All Gram matrices from the dense model.")
+    ] = False,
+    drift: Annotated[
+        float, typer.Option(help="Aim at the dense outputs with this strength, 0 to 1 (sequential mode).")
+    ] = 0.0,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Prune only layers that match, e.g. '*mlp*'.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Keep layers dense that match; may be repeated.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16: of the computation.")
+    ] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Directory for model, masks and record.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
+    json: Json = False,
+) -> None:
+    """Prune a model, layer by layer; measure, save and verify it.
+
+    [bold]Examples[/]
+
+    sparseswaps prune ./llama --calibration c4 --eval wikitext2-test --out pruned
+
+    sparseswaps prune ./llama --pattern 2:4 --drift 0.75 --calibration text.txt --out pruned --resume
+
+    sparseswaps prune ./bert --pattern 60% --one-shot --calibration corpus.txt --json
+
+    Sparsity alone makes no model faster: the saved weights are dense tensors with zeros.
+    """
+    if one_shot and drift:
+        raise InputError("--drift needs the inputs of the pruned model: expected no --one-shot, found both")
+    quiet_libraries()
+    arguments = {"solver": parse_solver(solver), "start": parse_solver(start)}
+    try:
+        with progress_bars() as bars:
+            report = run_prune(
+                model,
+                pattern,
+                calibration=calibration,
+                evaluation=evaluation,
+                samples=samples,
+                length=length,
+                seed=seed,
+                evaluation_limit=eval_windows,
+                mode=Mode.ONE_SHOT if one_shot else Mode.SEQUENTIAL,
+                drift=drift,
+                include=tuple(include or ()),
+                exclude=DEFAULT_EXCLUDE if exclude is None else tuple(exclude),
+                device=device,
+                dtype=dtype,
+                out=out,
+                resume=resume,
+                progress=bars,
+                **arguments,
+            )
+    except KeyboardInterrupt:
+        if out is not None and out.exists():
+            error_console.print(f"[bold]interrupted[/]: finished layers are in {out}; add --resume to go on")
+            raise typer.Exit(130) from None
+        raise
+    if json:
+        print_json(report.to_json())
+    else:
+        console.print(layer_table(report.layers))
+        console.print(_summary(report))
+
+
+def _summary(report: PruneReport) -> object:
+    rows = [
+        ("sparsity", f"{report.sparsity:.4%} of {len(report.layers)} layers, {report.mode}"),
+        ("layer error", f"{report.error_start:.5f} → {report.error:.5f} (mean over layers, start → result)"),
+    ]
+    if report.perplexity_dense is not None:
+        rows.append(
+            (
+                "perplexity",
+                f"dense {report.perplexity_dense:.4f}, pruned {report.perplexity_pruned:.4f} "
+                f"({report.evaluation_windows} windows of {report.length} tokens)",
+            )
+        )
+    if report.cosine is not None:
+        rows.append(
+            (
+                "cosine",
+                f"{report.cosine:.4f} to the dense model's mean-pooled embeddings "
+                f"({report.evaluation_windows} windows of {report.length} tokens)",
+            )
+        )
+    memory = f"{report.peak_memory_mb:.0f} MB"
+    if report.peak_device_memory_mb is not None:
+        memory += f", device {report.peak_device_memory_mb:.0f} MB"
+    rows += [
+        ("seconds", f"{report.seconds:.1f}, of which {report.seconds_layers:.1f} on the layers"),
+        ("peak memory", memory),
+    ]
+    if report.out is not None:
+        rows.append(("saved, verified", report.out))
+    return key_values(rows)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Directory or hub name of a Hugging Face model.")],
+    evaluation: Annotated[str, typer.Option("--eval", metavar="FILE_OR_DATASET", help="The text.")],
+    reference: Annotated[
+        str | None, typer.Option(help="Dense model, to compare an encoder's embeddings with.")
+    ] = None,
+    length: Length = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Perplexity of a causal model, or cosine of an encoder's embeddings to a reference model's.
+
+    [bold]Examples[/]
+
+    sparseswaps evaluate pruned --eval wikitext2-test --length 2048
+
+    sparseswaps evaluate pruned-bert --reference ./bert --eval text.txt
+    """
+    quiet_libraries()
+    loaded = load_model(model, resolve_device(device), dtype)
+    tokens = window_length(loaded, length)
+    causal = is_causal(loaded.model)
+    windows = evaluation_windows(evaluation, loaded.tokenizer, tokens, special_tokens=not causal)
+    values: dict[str, object] = {
+        "model": model,
+        "evaluation": windows.source,
+        "windows": len(windows),
+        "length": tokens,
+        "tokens_hash": windows.hash,
+        "versions": versions(),
+    }
+    with progress_bars() as bars:
+        if causal:
+            values["perplexity"] = perplexity(
+                loaded.model, windows.tokens, lambda done, total: bars.stage("perplexity", done, total)
+            )
+        elif reference is None:
+            raise InputError(f"model {model} is an encoder: expected --reference DENSE_MODEL, found none")
+        else:
+            dense = load_model(reference, resolve_device(device), dtype)
+            values["cosine"] = mean_cosine(
+                pooled_embeddings(loaded.model, windows.tokens, lambda d, t: bars.stage("embeddings", d, t)),
+                pooled_embeddings(dense.model, windows.tokens, lambda d, t: bars.stage("reference", d, t)),
+            )
+    if json:
+        print_json(values)
+    else:
+        console.print(
+            key_values([(k, str(v)) for k, v in values.items() if k not in ("versions", "tokens_hash")])
+        )
+
+
+def apply(
+    model: Annotated[str, typer.Argument(help="The dense model.")],
+    masks: Annotated[Path, typer.Option(help="Mask file, or a directory with masks.safetensors.")],
+    out: Annotated[Path, typer.Option(help="Directory for the pruned model.")],
+    other_weights: Annotated[
+        bool, typer.Option("--other-weights", help="Accept weights that changed since, e.g. fine-tuned.")
+    ] = False,
+) -> None:
+    """Put a mask file on a model and save the result.
+
+    [bold]Example[/]
+
+    sparseswaps apply ./llama --masks pruned/masks.safetensors --out pruned-again
+    """
+    quiet_libraries()
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"output {out}: expected an empty directory, found files in it")
+    file = load_masks(masks)
+    loaded = load_model(model, "cpu", "checkpoint")
+    facts = apply_masks(loaded.model, file, same_weights=not other_weights)
+    save_model(out, loaded, file.masks, facts)
+    console.print(f"{len(facts)} layers pruned, saved and verified in {out}")
+
+
+def verify(
+    directory: Annotated[Path, typer.Argument(help="A pruned model with masks.safetensors.")],
+    masks: Annotated[Path | None, typer.Option(help="Another mask file than the one in it.")] = None,
+    original: Annotated[
+        str | None, typer.Option(help="Dense model, to compare kept weights directly.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Prove that every layer has the pattern and that kept weights equal the dense ones bit for bit.
+
+    [bold]Example[/]
+
+    sparseswaps verify pruned
+    """
+    quiet_libraries()
+    file = load_masks(masks or directory)
+    loaded = load_model(directory, "cpu", "checkpoint")
+    dense = None if original is None else load_model(original, "cpu", "checkpoint").model
+    found = verify_model(loaded.model, file, dense)
+    if json:
+        print_json(
+            {
+                "ok": found.ok,
+                "layers": found.layers,
+                "weights": found.weights,
+                "pruned": found.pruned,
+                "problems": list(found.problems),
+            }
+        )
+    else:
+        for problem in found.problems:
+            error_console.print(f"[red]wrong:[/] {problem}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{found.layers} layers, {found.pruned} of {found.weights} weights pruned "
+            f"({found.pruned / found.weights:.4%}): {'verified' if found.ok else 'NOT as the mask file says'}"
+        )
+    if not found.ok:
+        raise typer.Exit(1)
