@@ -61,7 +61,7 @@ class Stream:
     ) -> None:
         self._model = model
         self._blocks = blocks
-        self._batches = windows.split(batch_size)
+        self._batches = torch.split(windows, batch_size)
         self._skip = skip
         self._done = 0
         self._stored: list[dict[int, Any]] = [{} for _ in self._batches]

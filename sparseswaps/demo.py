@@ -6,11 +6,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from .calibration import calibration_windows, evaluation_windows
-from .models import load_model
 from .pipeline import Progress
+from .records import LayerRecord
 from .reports.demo import DemoLayer, DemoMethod, write_demo_report
-from .run import PruneReport, prune, versions
+from .run import PruneReport, prune
 from .solvers import Magnitude, OneSwap, Wanda
 
 MODEL = Path(__file__).parent / "data" / "demo-model"
@@ -26,3 +25,74 @@ METHODS = (
     ("Wanda + 1-swap", OneSwap(), 0.0),
     (f"1-swap, drift {DRIFT:g}", OneSwap(), DRIFT),
 )
+
+
+def run_demo(out: Path, progress: Progress) -> tuple[Table, Path]:
+    """Prune the bundled model with each of ``METHODS`` and write a report.
+
+    Args:
+        out: directory of the report; files of an earlier report are replaced.
+        progress: told how far it is.
+
+    Returns:
+        A table of the methods, and the path of the report's page.
+    """
+    reports = []
+    for label, solver, drift in METHODS:
+        report = prune(
+            MODEL,
+            SPARSITY,
+            calibration="stdlib",
+            evaluation="stdlib-held-out",
+            solver=solver,
+            samples=SAMPLES,
+            length=LENGTH,
+            evaluation_limit=EVALUATION_WINDOWS,
+            drift=drift,
+            device="cpu",
+            progress=progress,
+        )
+        reports.append((label, report))
+    page = write_demo_report(
+        out,
+        [_method(label, report) for label, report in reports],
+        [_layer(label, layer) for label, report in reports for layer in report.layers],
+    )
+    return _table(reports), page
+
+
+def _method(label: str, report: PruneReport) -> DemoMethod:
+    return DemoMethod(
+        label,
+        report.error,
+        report.held_out_error,
+        report.perplexity_pruned,
+        report.perplexity_dense,
+        report.seconds,
+    )
+
+
+def _layer(label: str, layer: LayerRecord) -> DemoLayer:
+    return DemoLayer(
+        label, layer.name, layer.block, layer.kind, layer.error, layer.error_start, layer.seconds
+    )
+
+
+def _table(reports: list[tuple[str, PruneReport]]) -> Table:
+    """One line per method, the dense model first."""
+    table = Table(
+        title="demo model, half of the weights pruned",
+        caption=f"perplexity on held-out modules, {reports[0][1].evaluation_windows} windows of {LENGTH} tokens",
+    )
+    for name in ("method", "layer error", "held-out error", "perplexity", "seconds"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    table.add_row("dense", "0", "0", f"{reports[0][1].perplexity_dense:.3f}", "–")
+    for label, report in reports:
+        table.add_row(
+            label,
+            f"{report.error:.5f}",
+            f"{report.held_out_error:.5f}",
+            f"{report.perplexity_pruned:.3f}",
+            f"{report.seconds:.1f}",
+        )
+    return table

@@ -97,9 +97,8 @@ def unpack_mask(packed: Tensor, cols: int) -> Tensor:
 def layer_mask(mask: Tensor, pattern: SparsityPattern, dense_weight: Tensor) -> LayerMask:
     """Facts of one layer from its mask and dense weight (rows, cols) in the checkpoint's dtype."""
     kept = dense_weight.masked_fill(~mask.to(dense_weight.device), 0)
-    return LayerMask(
-        *dense_weight.shape, pattern.keep, pattern.block, weight_hash(dense_weight), weight_hash(kept)
-    )
+    rows, cols = dense_weight.shape
+    return LayerMask(rows, cols, pattern.keep, pattern.block, weight_hash(dense_weight), weight_hash(kept))
 
 
 def save_masks(path: Path, masks: Mapping[str, Tensor], layers: Mapping[str, LayerMask], model: str) -> None:

@@ -110,7 +110,7 @@ def find_blocks(
             layers = []
             for layer in _layers_of(module, name, len(blocks)):
                 stored = layer.stored
-                identity = (stored.data_ptr(), tuple(stored.shape), stored.storage_offset())
+                identity = (stored.data_ptr(), tuple(stored.shape), int(stored.storage_offset()))
                 chosen = not include or any(fnmatch.fnmatchcase(layer.name, p) for p in include)
                 chosen &= not any(fnmatch.fnmatchcase(layer.name, p) for p in exclude)
                 # a tied weight is the same storage under a second name

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -163,10 +163,14 @@ def layer_problems(
             groups = [group for step in steps_of(stream) for group in step.inputs] if block.layers else []
             leaders = [group[0] for group in groups]
             sums = {x.name: GramAccumulator(x.weight.shape[1], x.weight.device) for x in leaders}
+
+            def observe(
+                layer: PrunableLayer, inputs: Tensor, sums: dict[str, GramAccumulator] = sums
+            ) -> None:
+                _add(sums[layer.name], layer, inputs)
+
             for batch in range(len(stream)):
-                stream.observe(
-                    batch, leaders, lambda layer, x, sums=sums: _add(sums[layer.name], layer, x), advance=True
-                )
+                stream.observe(batch, leaders, observe, advance=True)
             stream.finish_block()
             for group in groups:
                 if sums[group[0].name].tokens:
@@ -323,9 +327,10 @@ class _Job:
         else:
             solution = solve(problem, self.solver, init=warm, budget=Budget())
         norm = float(problem.output_norms().sum())
+        plain = replace(problem, drift=None)
         held_out_start = held_out_error = None
         if held_out_sums is not None and held_out_sums.tokens:
-            held_out = self._problem(layer, held_out_sums)
+            held_out = replace(problem, gram=held_out_sums.gram(), drift=None)
             held_out_norm = float(held_out.output_norms().sum())
             held_out_start = _share(held_out.objective(warm.mask), held_out_norm)
             held_out_error = _share(held_out.objective(solution.mask), held_out_norm)
@@ -341,8 +346,10 @@ class _Job:
             sparsity=1 - float(mask.double().mean()),
             tokens=sums.tokens,
             dead_channels=int(problem.gram.dead.sum()),
-            error_start=_share(warm.objective, norm),
-            error=_share(solution.objective, norm),
+            error_start=_share(plain.objective(warm.mask), norm),
+            error=_share(plain.objective(solution.mask), norm),
+            objective_start=_share(warm.objective, norm),
+            objective=_share(solution.objective, norm),
             held_out_error_start=held_out_start,
             held_out_error=held_out_error,
             swaps=_swaps(solution),

@@ -23,15 +23,18 @@ SCHEMA_VERSION = 1
 class LayerRecord:
     """One pruned layer.
 
-    Errors are relative: the layer error divided by ``‖W X̂‖_F²`` on the same tokens. With drift they
-    are errors against the target that the drift sets (see ``problems.layer``).
+    Errors are relative, divided by ``‖W X̂‖_F²`` on the same tokens. The *error* is the paper's:
+    ``‖W X̂ - (M∘W) X̂‖_F²`` on the inputs that the layer receives. The *objective* is what the search
+    minimised: the same without drift; with drift the error against the target that the drift sets
+    (see ``problems.layer``), which may fall while the error rises.
 
     Attributes:
         name: layer name; block: index of its block; kind: type inside the block.
         rows, cols: shape of the weight; pattern: ``keep:block``; sparsity: achieved pruned share.
         tokens: calibration tokens that reached the layer; dead_channels: inputs that are always 0.
         error_start, error: relative layer error of the warm start and of the result.
-        held_out_error_start, held_out_error: the same on held-out text, None without any.
+        objective_start, objective: relative objective of the warm start and of the result.
+        held_out_error_start, held_out_error: the error on held-out text, None without any.
         swaps: swaps in all; certified_rows: rows with a 1-swap certificate, None if unknown.
         status: why the solver stopped; seconds: its wall-clock time.
         fallback: empty, or why another rule chose the mask.
@@ -48,6 +51,8 @@ class LayerRecord:
     dead_channels: int
     error_start: float
     error: float
+    objective_start: float
+    objective: float
     held_out_error_start: float | None
     held_out_error: float | None
     swaps: int

@@ -56,8 +56,8 @@ class PruneReport:
         perplexity_dense, perplexity_pruned: of causal models.
         cosine: mean cosine of pooled embeddings to the dense model's, for the others.
         layers: one record per layer.
-        error_start, error: layer errors summed over layers, relative to the summed output norms of
-            the same layers (see ``LayerRecord``), unweighted mean over layers.
+        error_start, error, held_out_error: means over layers of the relative layer errors of the warm
+            start and of the result, on calibration and on held-out text (see ``LayerRecord``).
         sparsity: pruned share of the prunable weights.
         seconds: wall-clock time of the whole run; seconds_layers: of the searches alone.
         peak_memory_mb: largest resident set of the process; on CUDA the device's peak beside it.
@@ -84,6 +84,7 @@ class PruneReport:
     layers: tuple[LayerRecord, ...]
     error_start: float
     error: float
+    held_out_error: float | None
     sparsity: float
     seconds: float
     seconds_layers: float
@@ -242,6 +243,7 @@ def prune(
             layers=finished,
             error_start=sum(layer.error_start for layer in finished) / len(finished),
             error=sum(layer.error for layer in finished) / len(finished),
+            held_out_error=_mean([layer.held_out_error for layer in finished]),
             sparsity=_pruned_share(finished),
             seconds=time.perf_counter() - begin,
             seconds_layers=sum(layer.seconds for layer in finished),
@@ -322,6 +324,12 @@ def _spread(windows: Tensor, count: int) -> Tensor:
     return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
 
 
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean of the values that are there, None without any."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
 def _pruned_share(layers: Sequence[LayerRecord]) -> float:
     weights = sum(layer.rows * layer.cols for layer in layers)
     return sum(layer.sparsity * layer.rows * layer.cols for layer in layers) / weights
@@ -334,7 +342,8 @@ def _device_name(device: torch.device) -> str:
 
 
 def _check_vocabulary(loaded: LoadedModel, *windows: Windows | None) -> None:
-    size = loaded.model.get_input_embeddings().num_embeddings
+    embeddings: Any = loaded.model.get_input_embeddings()
+    size = int(embeddings.num_embeddings)
     for each in windows:
         if each is not None and not 0 <= int(each.tokens.min()) <= int(each.tokens.max()) < size:
             raise InvalidTextError(
@@ -420,6 +429,12 @@ def _save(
     save_model(folder, loaded, masks, facts)
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def save_model(
     folder: Path, loaded: LoadedModel, masks: Mapping[str, Tensor], facts: Mapping[str, LayerMask]
 ) -> None:
@@ -443,4 +458,5 @@ def save_model(
         require_verified(verify_model(reloaded.model, load_masks(partial)), f"saved model {folder}")
         # the mask file says that the directory is complete, so it goes last
         for path in sorted(partial.iterdir(), key=lambda path: path.name == MASK_FILE):
+            path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner may read
             shutil.move(path, folder / path.name)

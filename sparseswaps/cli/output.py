@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -76,8 +78,9 @@ def quiet_libraries() -> None:
     """No progress bars and no chatter of transformers between ours."""
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    chatter: Any = transformers.utils.logging
+    chatter.disable_progress_bar()
+    chatter.set_verbosity_error()
 
 
 def print_json(values: Any) -> None:
@@ -97,24 +100,42 @@ def _finite(value: Any) -> Any:
 
 def layer_table(layers: Sequence[LayerRecord]) -> Table:
     """The closing table of a run: one line per layer."""
-    table = Table(caption="errors relative to the layer's output ‖W X‖²")
-    table.add_column("layer", overflow="fold")
-    for name in ("shape", "keep", "sparsity", "start error", "error", "held-out", "swaps", "seconds"):
+    with_drift = any(layer.objective != layer.error for layer in layers)
+    shared = _shared_prefix([layer.name for layer in layers])
+    table = Table(
+        title=f"layers {shared}*" if shared else None,
+        caption="errors relative to the layer's output ‖W X‖²; objective: against the drift's target"
+        if with_drift
+        else "errors relative to the layer's output ‖W X‖²",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("layer", overflow="fold", min_width=18)
+    objective = ("objective",) if with_drift else ()
+    for name in ("shape", "pattern", "pruned", "start", "result", *objective, "held-out", "swaps", "s"):
         table.add_column(name, justify="right", no_wrap=True)
     for layer in layers:
         held_out = "–" if layer.held_out_error is None else f"{layer.held_out_error:.4f}"
         table.add_row(
-            layer.name + (f"  [yellow]{layer.fallback}[/]" if layer.fallback else ""),
+            layer.name.removeprefix(shared) + (f" [yellow]{layer.fallback}[/]" if layer.fallback else ""),
             f"{layer.rows}×{layer.cols}",
             layer.pattern,
             f"{layer.sparsity:.4f}",
             f"{layer.error_start:.4f}",
             f"{layer.error:.4f}",
+            *([f"{layer.objective:.4f}"] if with_drift else []),
             held_out,
             f"{layer.swaps}",
             f"{layer.seconds:.2f}",
         )
     return table
+
+
+def _shared_prefix(names: Sequence[str]) -> str:
+    """The dotted words with which all names begin."""
+    words = [name.split(".") for name in names]
+    shared = list(itertools.takewhile(lambda each: len(set(each)) == 1, zip(*words, strict=False)))
+    return "".join(f"{word[0]}." for word in shared) if len(names) > 1 else ""
 
 
 def key_values(rows: Sequence[tuple[str, str]]) -> Table:
