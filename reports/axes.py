@@ -1,0 +1,48 @@
+"""Small helpers that several figures share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from .palette import INK
+from .tables import Row
+
+
+def series(rows: Sequence[Row], key: int = 0) -> dict[str, list[Row]]:
+    """Rows grouped by the text in column ``key``, in order of first appearance."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(row[key]), []).append(row)
+    return groups
+
+
+def numbers(rows: Sequence[Row], position: int) -> list[float]:
+    """One column as floats; None becomes NaN, which leaves a hole in a line."""
+    cells = [row[position] for row in rows]
+    return [float(cell) if isinstance(cell, int | float) else float("nan") for cell in cells]
+
+
+def legend_below(canvas: Canvas, axes: Axes, columns: int = 3, title: str | None = None) -> None:
+    """A legend under the plot, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        canvas.legend(
+            handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), title=title
+        )
+
+
+def plain_log(axis: Axis, percent: bool = False) -> None:
+    """Plain numbers at 1, 2 and 5 of each decade of a logarithmic axis, or as percentages."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%" if percent else f"{value:g}"))
+
+
+def empty(axes: Axes, text: str) -> None:
+    """Say in the middle of an empty plot why it is empty."""
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=INK)
