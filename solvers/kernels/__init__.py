@@ -1,1 +1,23 @@
-"""Inner loops: ``reference`` in plain torch is the specification of every faster twin."""
+"""Inner loops.
+
+``reference`` in plain torch is the specification; ``cpu`` (numba) and ``cuda`` (Triton) are its fast
+twins with the same signatures, chosen by the device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+
+import torch
+
+
+def kernels_for(device: torch.device) -> ModuleType:
+    """The fastest installed kernels for ``device``; ``reference`` where there are none."""
+    if device.type == "cpu" and importlib.util.find_spec("numba") is not None:
+        from . import cpu
+
+        return cpu
+    from . import reference
+
+    return reference

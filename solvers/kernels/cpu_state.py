@@ -1,0 +1,397 @@
+"""Swap state of one row for the CPU kernels: load, minima, lines, swaps, exact search (numba).
+
+Notation as in ``reference``. A row keeps three vectors (cols,):
+
+    δ_j,    a_j = q_j where kept, BIG where pruned,    b_j = q_j where pruned, BIG where kept
+
+so that minima over kept or pruned weights need no branch: adding ``2 δ_j (...)`` to BIG leaves it
+far above every real value, because rows are scaled to errors of about 1 (see ``scaling``).
+
+A *line* is the minimum of Δ(u, ·) or Δ(·, p) over one row of ``R``. The exact search for the best
+swap uses ``|R_up| ≤ √(ρ_u ρ_p)``, ``ρ_j = max_{i≠j} |R_ij|``, so with ``s_j = |y_j| √ρ_j``
+
+    Δ(u, p) ≥ q_u + q_p - 2 s_u s_p
+
+and only pairs whose bound beats the incumbent are looked up in ``R``. The bound is monotone in
+floating point as well: ``s`` is rounded up by more than the products lose.
+
+Functions work on columns [first, last), one block of the pattern. Ties go to the lowest index.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+# Without NaNs and signed zeros LLVM vectorises minima; sums keep their order, so results are repeatable.
+OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "cache": True,
+    "error_model": "numpy",
+    "fastmath": {"nnan", "nsz", "contract"},
+}
+# Minima are taken over chunks of this many columns, then the index is looked up inside one chunk.
+CHUNK = 128
+# Bounds are tested for so many pairs at once before they are tested one by one.
+PAIR_CHUNK = 32
+# Levels of s for the bounds of a whole line.
+LEVELS = 32
+# s is enlarged by this share so that the bound holds for rounded products in float32.
+BOUND_SLACK = 1e-5
+# Products of at most this many pruned weights are summed before they go to float64, over so many columns
+# at once that the partial sums stay in the first cache and the rows of R in the second.
+SPAN = 128
+WIDTH = 512
+
+Array = np.ndarray[Any, Any]
+
+
+@njit(**OPTIONS)
+def big_of(vector: Array) -> Any:
+    """A value above every Δ that leaves room for updates, in the dtype of ``vector``."""
+    if vector.itemsize == 4:
+        return vector.dtype.type(1e30)
+    return vector.dtype.type(1e290)
+
+
+@njit(**OPTIONS)
+def load_row(weight: Array, mask: Array, cost: Array, delta: Array, kept_q: Array, pruned_q: Array) -> None:
+    """Fill ``δ``, ``a`` and ``b`` from ``y``, a mask and ``c``, each (cols,)."""
+    big = big_of(delta)
+    two = delta.dtype.type(2)
+    for j in range(len(weight)):
+        y = weight[j]
+        step = y if mask[j] else -y
+        q = step * step + two * step * delta.dtype.type(cost[j])
+        delta[j] = step
+        kept_q[j] = q if mask[j] else big
+        pruned_q[j] = big if mask[j] else q
+
+
+@njit(**OPTIONS)
+def argmin(values: Array, first: int, last: int) -> int:
+    """Lowest index of the minimum of ``values`` over [first, last)."""
+    best = big_of(values)
+    at = first
+    for start in range(first, last, CHUNK):
+        stop = min(start + CHUNK, last)
+        low = values[start]
+        for j in range(start, stop):
+            low = min(low, values[j])
+        if low < best:
+            best = low
+            at = start
+    for j in range(at, min(at + CHUNK, last)):
+        if values[j] == best:
+            return j
+    return at
+
+
+@njit(**OPTIONS)
+def line_argmin(values: Array, delta: Array, correlation: Array, factor: Any, first: int, last: int) -> int:
+    """Lowest index of the minimum of ``values_j + factor δ_j R_j`` over [first, last)."""
+    best = big_of(values)
+    at = first
+    for start in range(first, last, CHUNK):
+        stop = min(start + CHUNK, last)
+        low = best
+        for j in range(start, stop):
+            low = min(low, values[j] + (factor * delta[j]) * correlation[j])
+        if low < best:
+            best = low
+            at = start
+    # the chunk's own minimum again, one by one: rounding may differ, the choice is repeatable
+    best = big_of(values)
+    index = at
+    for j in range(at, min(at + CHUNK, last)):
+        value = values[j] + (factor * delta[j]) * correlation[j]
+        if value < best:
+            best = value
+            index = j
+    return index
+
+
+@njit(**OPTIONS)
+def swap_change(R: Array, delta: Array, kept_q: Array, pruned_q: Array, pruned: int, restored: int) -> Any:
+    """Δ(u, p) of one pair."""
+    two = delta.dtype.type(2)
+    return (kept_q[pruned] + pruned_q[restored]) + two * delta[pruned] * delta[restored] * R[pruned, restored]
+
+
+@njit(**OPTIONS)
+def two_lines(
+    R: Array, delta: Array, kept_q: Array, pruned_q: Array, first: int, last: int
+) -> tuple[Any, int, int]:
+    """The better of u0's best partner and p0's best partner: (Δ, u, p).
+
+    ``u0`` and ``p0`` have the lowest q of the kept and of the pruned weights of the block.
+    """
+    two = delta.dtype.type(2)
+    lowest_kept = argmin(kept_q, first, last)
+    lowest_pruned = argmin(pruned_q, first, last)
+    partner = line_argmin(pruned_q, delta, R[lowest_kept], two * delta[lowest_kept], first, last)
+    other = line_argmin(kept_q, delta, R[lowest_pruned], two * delta[lowest_pruned], first, last)
+    change = swap_change(R, delta, kept_q, pruned_q, lowest_kept, partner)
+    other_change = swap_change(R, delta, kept_q, pruned_q, other, lowest_pruned)
+    if other_change < change:
+        return other_change, other, lowest_pruned
+    return change, lowest_kept, partner
+
+
+@njit(**OPTIONS)
+def all_pairs(
+    R: Array, delta: Array, mask: Array, kept_q: Array, pruned_q: Array, first: int, last: int
+) -> tuple[Any, int, int]:
+    """Best swap of a narrow block by looking at every pair: (Δ, u, p)."""
+    two = delta.dtype.type(2)
+    best = big_of(delta)
+    best_u = first
+    best_p = first
+    for u in range(first, last):
+        if mask[u]:
+            factor = two * delta[u]
+            for p in range(first, last):
+                if not mask[p]:
+                    change = (kept_q[u] + pruned_q[p]) + factor * delta[p] * R[u, p]
+                    if change < best:
+                        best = change
+                        best_u = u
+                        best_p = p
+    return best, best_u, best_p
+
+
+@njit(**OPTIONS)
+def load_spread(weight: Array, root: Array, spread: Array, level: Array, levels: Array) -> None:
+    """Fill ``s_j = |y_j| √ρ_j`` and put it on a grid: the least level with ``levels[level_j] ≥ s_j``.
+
+    The grid is quadratic because a few outlier channels are far wider than the rest.
+
+    Args:
+        weight: ``y`` (cols,).
+        root: ``√ρ`` (cols,), rounded up.
+        spread: ``s``, a result (cols,).
+        level: levels, a result (cols,), integers.
+        levels: the grid (LEVELS + 1,), a result.
+    """
+    widest = weight.dtype.type(0)
+    for j in range(len(weight)):
+        spread[j] = abs(weight[j]) * root[j]
+        widest = max(widest, spread[j])
+    for g in range(LEVELS + 1):
+        levels[g] = widest * weight.dtype.type((g / LEVELS) ** 2)
+    levels[LEVELS] = widest
+    share = weight.dtype.type(1) / widest if widest > 0 else weight.dtype.type(0)
+    for j in range(len(weight)):
+        g = min(LEVELS, int(np.sqrt(spread[j] * share) * LEVELS))
+        while levels[g] < spread[j]:
+            g += 1
+        level[j] = g
+
+
+@njit(**OPTIONS)
+def lowest_by_level(
+    values: Array, spread: Array, levels: Array, first: int, last: int, lowest: Array
+) -> None:
+    """``min_j (values_j - 2 t s_j)`` over [first, last) for every level t, into ``lowest`` (LEVELS + 1,)."""
+    big = big_of(values)
+    two = values.dtype.type(2)
+    lowest[:] = big
+    for start in range(first, last, CHUNK):
+        stop = min(start + CHUNK, last)
+        for g in range(LEVELS + 1):
+            reach = two * levels[g]
+            low = lowest[g]
+            for j in range(start, stop):
+                low = min(low, values[j] - reach * spread[j])
+            lowest[g] = low
+
+
+@njit(**OPTIONS)
+def best_pair(
+    R: Array,
+    delta: Array,
+    spread: Array,
+    level: Array,
+    levels: Array,
+    kept_q: Array,
+    pruned_q: Array,
+    first: int,
+    last: int,
+    limit: Any,
+    lists: Array,
+    work: Array,
+) -> tuple[Any, int, int]:
+    """The best swap of a block with Δ ≤ ``limit``: (Δ, u, p), or (``limit``, -1, -1) if there is none.
+
+    Args:
+        R: correlation (cols, cols).
+        delta: ``δ`` (cols,).
+        spread: ``s`` (cols,).
+        level: level of each ``s`` (cols,), see ``load_spread``.
+        levels: the grid (LEVELS + 1,).
+        kept_q: ``a`` (cols,).
+        pruned_q: ``b`` (cols,).
+        first: where the block begins.
+        last: where it ends.
+        limit: Δ of a known swap, or the threshold of acceptance.
+        lists: work space (2, cols), integers.
+        work: work space (5, cols).
+    """
+    two = delta.dtype.type(2)
+    lowest = work[4, : LEVELS + 1]
+    kept_list, pruned_list = lists[0], lists[1]
+    values, widths = work[0], work[1]
+    lowest_by_level(pruned_q, spread, levels, first, last, lowest)
+    kept_count = 0
+    for j in range(first, last):
+        if kept_q[j] + lowest[level[j]] <= limit:
+            kept_list[kept_count] = j
+            values[kept_count] = kept_q[j]
+            widths[kept_count] = spread[j]
+            kept_count += 1
+    if kept_count == 0:
+        return limit, -1, -1
+    lowest_by_level(values, widths, levels, 0, kept_count, lowest)
+    values, widths = work[2], work[3]
+    count = 0
+    for j in range(first, last):
+        if pruned_q[j] + lowest[level[j]] <= limit:
+            pruned_list[count] = j
+            values[count] = pruned_q[j]
+            widths[count] = spread[j]
+            count += 1
+    best = limit
+    best_u = -1
+    best_p = -1
+    for k in range(kept_count):
+        u = kept_list[k]
+        reach = two * spread[u]
+        q = kept_q[u]
+        factor = two * delta[u]
+        for start in range(0, count, PAIR_CHUNK):
+            stop = min(start + PAIR_CHUNK, count)
+            low = big_of(delta)
+            for i in range(start, stop):
+                low = min(low, (q + values[i]) - reach * widths[i])
+            if low > best:
+                continue
+            for i in range(start, stop):
+                if (q + values[i]) - reach * widths[i] <= best:
+                    p = pruned_list[i]
+                    change = (q + values[i]) + factor * delta[p] * R[u, p]
+                    if change < best or (change == best and best_u < 0):
+                        best = change
+                        best_u = u
+                        best_p = p
+    return best, best_u, best_p
+
+
+@njit(**OPTIONS)
+def make_swap(
+    R: Array, delta: Array, mask: Array, kept_q: Array, pruned_q: Array, pruned: int, restored: int
+) -> None:
+    """Prune kept ``u``, restore pruned ``p`` and bring the state up to date."""
+    two = delta.dtype.type(2)
+    big = big_of(delta)
+    cross = two * delta[pruned] * delta[restored] * R[pruned, restored]
+    q_u = -kept_q[pruned] - cross
+    q_p = -pruned_q[restored] - cross
+    from_u = two * delta[pruned]
+    from_p = two * delta[restored]
+    of_u = R[pruned]
+    of_p = R[restored]
+    for j in range(len(delta)):
+        change = delta[j] * (from_u * of_u[j] + from_p * of_p[j])
+        kept_q[j] += change
+        pruned_q[j] += change
+    delta[pruned] = -delta[pruned]
+    delta[restored] = -delta[restored]
+    mask[pruned] = False
+    mask[restored] = True
+    kept_q[pruned] = big
+    pruned_q[pruned] = q_u
+    kept_q[restored] = q_p
+    pruned_q[restored] = big
+
+
+@njit(**OPTIONS)
+def add_costs(
+    R: Array, weight: Array, drift: Array, has_drift: bool, mask: Array, wanted: Array, cost: Array
+) -> None:
+    """``c = R (y∘(1-m)) + h`` of the wanted rows of a tile, from scratch.
+
+    Products run in the dtype of ``R`` over at most ``SPAN`` columns and are summed in float64, always in
+    the same order: the result depends neither on the tile nor on threads, and its rounding does not
+    grow with the width of the layer. Kept weights cost nothing.
+
+    Args:
+        R: correlation (cols, cols).
+        weight: ``y`` (rows, cols).
+        drift: scaled drift (rows, cols), used if ``has_drift``.
+        has_drift: whether there is one.
+        mask: kept weights (rows, cols).
+        wanted: rows to compute (rows,), bool.
+        cost: result (rows, cols), float64.
+    """
+    rows, cols = weight.shape
+    pruned = np.empty((rows, cols), np.int32)
+    starts = np.zeros((rows, (cols + SPAN - 1) // SPAN + 1), np.int32)
+    for r in range(rows):
+        count = 0
+        if wanted[r]:
+            for j in range(cols):
+                if j % SPAN == 0:
+                    starts[r, j // SPAN] = count
+                if not mask[r, j] and weight[r, j] != 0:
+                    pruned[r, count] = j
+                    count += 1
+        starts[r, starts.shape[1] - 1] = count
+    part = np.empty(WIDTH, weight.dtype)
+    for left in range(0, cols, WIDTH):
+        width = min(WIDTH, cols - left)
+        for r in range(rows):
+            if wanted[r]:
+                for i in range(left, left + width):
+                    cost[r, i] = drift[r, i] if has_drift else 0.0
+        for span in range(starts.shape[1] - 1):
+            for r in range(rows):
+                start = starts[r, span]
+                stop = starts[r, span + 1]
+                if not wanted[r] or start == stop:
+                    continue
+                part[:] = 0
+                index = pruned[r]
+                y = weight[r]
+                k = start
+                while k + 8 <= stop:
+                    y0, y1, y2, y3 = y[index[k]], y[index[k + 1]], y[index[k + 2]], y[index[k + 3]]
+                    y4, y5, y6, y7 = y[index[k + 4]], y[index[k + 5]], y[index[k + 6]], y[index[k + 7]]
+                    r0 = R[index[k], left : left + width]
+                    r1 = R[index[k + 1], left : left + width]
+                    r2 = R[index[k + 2], left : left + width]
+                    r3 = R[index[k + 3], left : left + width]
+                    r4 = R[index[k + 4], left : left + width]
+                    r5 = R[index[k + 5], left : left + width]
+                    r6 = R[index[k + 6], left : left + width]
+                    r7 = R[index[k + 7], left : left + width]
+                    for i in range(width):
+                        value = part[i] + y0 * r0[i]
+                        value += y1 * r1[i]
+                        value += y2 * r2[i]
+                        value += y3 * r3[i]
+                        value += y4 * r4[i]
+                        value += y5 * r5[i]
+                        value += y6 * r6[i]
+                        part[i] = value + y7 * r7[i]
+                    k += 8
+                while k < stop:
+                    y0 = y[index[k]]
+                    r0 = R[index[k], left : left + width]
+                    for i in range(width):
+                        part[i] += y0 * r0[i]
+                    k += 1
+                total = cost[r, left : left + width]
+                for i in range(width):
+                    total[i] += part[i]
