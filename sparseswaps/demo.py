@@ -82,7 +82,7 @@ def _table(reports: list[tuple[str, PruneReport]]) -> Table:
     """One line per method, the dense model first."""
     table = Table(
         title="demo model, half of the weights pruned",
-        caption=f"perplexity on held-out modules, {reports[0][1].evaluation_windows} windows of {LENGTH} tokens",
+        caption=f"perplexity: {reports[0][1].evaluation_windows} windows of {LENGTH} tokens, held-out modules",
     )
     for name in ("method", "layer error", "held-out error", "perplexity", "seconds"):
         table.add_column(name, justify="left" if name == "method" else "right")

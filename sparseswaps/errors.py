@@ -18,6 +18,21 @@ Each message is one sentence that names the thing, what was expected and what wa
 
 from __future__ import annotations
 
+__all__ = [
+    "InputError",
+    "InvalidFileError",
+    "InvalidModelError",
+    "InvalidOutcomeError",
+    "InvalidPatternError",
+    "InvalidProblemError",
+    "InvalidTextError",
+    "NoIncumbentError",
+    "SolverNotInstalledError",
+    "SparseswapsError",
+    "UnsupportedProblemError",
+    "VerificationError",
+]
+
 
 class SparseswapsError(Exception):
     """Base of all deliberate errors."""
