@@ -91,5 +91,5 @@ def rounding_noise(weight: Tensor, drift: Tensor | None, mask: Tensor) -> Tensor
         size = size + drift.double().abs().amax(1)
     noise = NOISE * torch.finfo(weight.dtype).eps / 2 * pruned.abs().amax(1) * size
     if weight.dtype == torch.float32:
-        noise = torch.where(weight.abs().amax(1) > LARGEST_FLOAT32, torch.inf, noise)
+        return torch.where(weight.abs().amax(1) > LARGEST_FLOAT32, torch.inf, noise)
     return noise

@@ -1,4 +1,6 @@
-"""Swap state of one row for the CPU kernels: load, minima, lines, swaps, exact search (numba).
+"""The inner loops of the CPU kernels (numba).
+
+They share one file because numba's cache on disk notices changes of a function's own file only.
 
 Notation as in ``reference``. A row keeps three vectors (cols,):
 
@@ -24,6 +26,9 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+from numba.extending import intrinsic
+
+from .scaling import LARGEST_FLOAT32, NARROW_BLOCK, NOISE, REFRESHES
 
 # Without NaNs and signed zeros LLVM vectorises minima; sums keep their order, so results are repeatable.
 OPTIONS: dict[str, Any] = {
@@ -35,7 +40,9 @@ OPTIONS: dict[str, Any] = {
 # Minima are taken over chunks of this many columns, then the index is looked up inside one chunk.
 CHUNK = 128
 # Bounds are tested for so many pairs at once before they are tested one by one.
-PAIR_CHUNK = 32
+PAIR_CHUNK = 16
+# Whole lines that the exact search looks at before it tests pairs.
+PROBES = 4
 # Levels of s for the bounds of a whole line.
 LEVELS = 32
 # s is enlarged by this share so that the bound holds for rounded products in float32.
@@ -45,7 +52,21 @@ BOUND_SLACK = 1e-5
 SPAN = 128
 WIDTH = 512
 
+# Incremental updates of q are renewed after this many swaps per column, long before rounding matters.
+SWAPS_PER_REFRESH = 4
+
 Array = np.ndarray[Any, Any]
+
+
+@intrinsic  # type: ignore[misc]  # numba's decorator carries no types
+def lower(_context: Any, left: Any, right: Any) -> Any:
+    """The smaller of two floats, marked as free of NaN so that LLVM vectorises minima over a loop."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        flags = ("nnan", "nsz")
+        return builder.select(builder.fcmp_ordered("<", *values, flags=flags), *values, flags=flags)
+
+    return left(left, right), generate
 
 
 @njit(**OPTIONS)
@@ -76,10 +97,10 @@ def argmin(values: Array, first: int, last: int) -> int:
     best = big_of(values)
     at = first
     for start in range(first, last, CHUNK):
-        stop = min(start + CHUNK, last)
-        low = values[start]
-        for j in range(start, stop):
-            low = min(low, values[j])
+        part = values[start : min(start + CHUNK, last)]
+        low = part[0]
+        for i in range(len(part)):
+            low = lower(part[i], low)
         if low < best:
             best = low
             at = start
@@ -96,9 +117,10 @@ def line_argmin(values: Array, delta: Array, correlation: Array, factor: Any, fi
     at = first
     for start in range(first, last, CHUNK):
         stop = min(start + CHUNK, last)
+        part, step, line = values[start:stop], delta[start:stop], correlation[start:stop]
         low = best
-        for j in range(start, stop):
-            low = min(low, values[j] + (factor * delta[j]) * correlation[j])
+        for i in range(len(part)):
+            low = lower(part[i] + (factor * step[i]) * line[i], low)
         if low < best:
             best = low
             at = start
@@ -200,11 +222,12 @@ def lowest_by_level(
     lowest[:] = big
     for start in range(first, last, CHUNK):
         stop = min(start + CHUNK, last)
+        part, width = values[start:stop], spread[start:stop]
         for g in range(LEVELS + 1):
             reach = two * levels[g]
             low = lowest[g]
-            for j in range(start, stop):
-                low = min(low, values[j] - reach * spread[j])
+            for i in range(len(part)):
+                low = lower(part[i] - reach * width[i], low)
             lowest[g] = low
 
 
@@ -237,34 +260,49 @@ def best_pair(
         last: where it ends.
         limit: Δ of a known swap, or the threshold of acceptance.
         lists: work space (2, cols), integers.
-        work: work space (5, cols).
+        work: work space (6, cols).
     """
     two = delta.dtype.type(2)
-    lowest = work[4, : LEVELS + 1]
+    big = big_of(delta)
+    lowest = work[5, : LEVELS + 1]
     kept_list, pruned_list = lists[0], lists[1]
-    values, widths = work[0], work[1]
     lowest_by_level(pruned_q, spread, levels, first, last, lowest)
+    # a few whole lines with the lowest bounds: the best swap is nearly always on one of them
+    bounds = work[4]
+    for j in range(first, last):
+        bounds[j] = kept_q[j] + lowest[level[j]]
+    best = limit
+    best_u = -1
+    best_p = -1
+    for _ in range(PROBES):
+        u = argmin(bounds, first, last)
+        if bounds[u] > best:
+            break
+        bounds[u] = big
+        p = line_argmin(pruned_q, delta, R[u], two * delta[u], first, last)
+        change = swap_change(R, delta, kept_q, pruned_q, u, p)
+        if change < best or (change == best and (best_u < 0 or u < best_u)):
+            best, best_u, best_p = change, u, p
+    # the rest by its bounds
+    values, widths = work[0], work[1]
     kept_count = 0
     for j in range(first, last):
-        if kept_q[j] + lowest[level[j]] <= limit:
+        if bounds[j] <= best:
             kept_list[kept_count] = j
             values[kept_count] = kept_q[j]
             widths[kept_count] = spread[j]
             kept_count += 1
     if kept_count == 0:
-        return limit, -1, -1
+        return best, best_u, best_p
     lowest_by_level(values, widths, levels, 0, kept_count, lowest)
     values, widths = work[2], work[3]
     count = 0
     for j in range(first, last):
-        if pruned_q[j] + lowest[level[j]] <= limit:
+        if pruned_q[j] + lowest[level[j]] <= best:
             pruned_list[count] = j
             values[count] = pruned_q[j]
             widths[count] = spread[j]
             count += 1
-    best = limit
-    best_u = -1
-    best_p = -1
     for k in range(kept_count):
         u = kept_list[k]
         reach = two * spread[u]
@@ -272,19 +310,18 @@ def best_pair(
         factor = two * delta[u]
         for start in range(0, count, PAIR_CHUNK):
             stop = min(start + PAIR_CHUNK, count)
-            low = big_of(delta)
-            for i in range(start, stop):
-                low = min(low, (q + values[i]) - reach * widths[i])
+            part, width = values[start:stop], widths[start:stop]
+            low = big
+            for i in range(len(part)):
+                low = lower((q + part[i]) - reach * width[i], low)
             if low > best:
                 continue
             for i in range(start, stop):
                 if (q + values[i]) - reach * widths[i] <= best:
                     p = pruned_list[i]
                     change = (q + values[i]) + factor * delta[p] * R[u, p]
-                    if change < best or (change == best and best_u < 0):
-                        best = change
-                        best_u = u
-                        best_p = p
+                    if change < best or (change == best and (best_u < 0 or u < best_u)):
+                        best, best_u, best_p = change, u, p
     return best, best_u, best_p
 
 
@@ -395,3 +432,163 @@ def add_costs(
                 total = cost[r, left : left + width]
                 for i in range(width):
                     total[i] += part[i]
+
+
+@njit(**OPTIONS)
+def descend_tile(
+    R: Array,
+    root: Array,
+    weight: Array,
+    drift: Array,
+    has_drift: bool,
+    constant: Array,
+    mask: Array,
+    block: int,
+    tolerance: float,
+    max_swaps: int,
+    steepest: bool,
+    swaps: Array,
+    converged: Array,
+    resolved: Array,
+    error: Array,
+) -> None:
+    """Descend the rows of one tile; the last four arguments (rows,) are results."""
+    rows, cols = weight.shape
+    cost = np.empty((rows, cols), np.float64)
+    work = np.empty((11, max(cols, LEVELS + 1)), weight.dtype)
+    lists = np.empty((3, cols), np.int32)
+    wanted = np.ones(rows, np.bool_)
+    limit = np.empty(rows, np.float64)
+    for refresh in range(REFRESHES):
+        add_costs(R, weight, drift, has_drift, mask, wanted, cost)
+        again = False
+        for r in range(rows):
+            if not wanted[r]:
+                continue
+            drift_row = drift[r] if has_drift else drift[0]
+            noise, row_error, fits = judge(weight[r], drift_row, has_drift, mask[r], cost[r])
+            if refresh == 0:
+                error[r] = max(0.0, row_error + constant[r])
+                limit[r] = tolerance * error[r] / 2
+            if noise > limit[r] or not fits:
+                # float64 is the last resort: there, rounding itself becomes the threshold
+                if weight.itemsize == 4:
+                    resolved[r] = False
+                    wanted[r] = False
+                    continue
+                limit[r] = noise
+            made, none_left = descend_row(
+                R,
+                root,
+                weight[r],
+                mask[r],
+                cost[r],
+                block,
+                -limit[r],
+                max_swaps - swaps[r],
+                steepest,
+                work,
+                lists,
+            )
+            swaps[r] += made
+            if made == 0 and none_left:
+                converged[r] = True
+            if made == 0 or (swaps[r] >= max_swaps and not none_left):
+                wanted[r] = False
+            else:
+                again = True
+        if not again:
+            return
+    for r in range(rows):
+        if wanted[r]:
+            resolved[r] = False
+
+
+@njit(**OPTIONS)
+def judge(
+    weight: Array, drift: Array, has_drift: bool, mask: Array, cost: Array
+) -> tuple[float, float, bool]:
+    """(noise of Δ, error of the row without the drift's constant, whether the dtype's range suffices)."""
+    norm = 0.0
+    largest = 0.0
+    largest_any = 0.0
+    largest_drift = 0.0
+    error = 0.0
+    for j in range(len(weight)):
+        y = np.float64(weight[j])
+        size = abs(y)
+        largest_any = max(largest_any, size)
+        linear = np.float64(drift[j]) if has_drift else 0.0
+        largest_drift = max(largest_drift, abs(linear))
+        if not mask[j]:
+            norm += size * size
+            largest = max(largest, size)
+            error += y * (cost[j] + linear)
+    single = weight.itemsize == 4
+    epsilon = 2.0**-24 if single else 2.0**-53
+    noise = NOISE * epsilon * largest * (np.sqrt(norm) + largest_drift)
+    return noise, error, not single or largest_any <= LARGEST_FLOAT32
+
+
+@njit(**OPTIONS)
+def descend_row(
+    R: Array,
+    root: Array,
+    weight: Array,
+    mask: Array,
+    cost: Array,
+    block: int,
+    threshold: float,
+    max_swaps: int,
+    steepest: bool,
+    work: Array,
+    lists: Array,
+) -> tuple[int, bool]:
+    """Swap until nothing is left or a limit is reached: (swaps, whether no swap has Δ < threshold)."""
+    cols = len(weight)
+    delta, kept_q, pruned_q, spread = work[0, :cols], work[1, :cols], work[2, :cols], work[3, :cols]
+    load_row(weight, mask, cost, delta, kept_q, pruned_q)
+    level, levels = lists[2], work[4, : LEVELS + 1]
+    load_spread(weight, root, spread, level, levels)
+    limit = weight.dtype.type(threshold)
+    made = 0
+    while True:
+        best = limit
+        pruned = -1
+        restored = -1
+        if block <= NARROW_BLOCK:
+            for first in range(0, cols, block):
+                change, u, p = all_pairs(R, delta, mask, kept_q, pruned_q, first, first + block)
+                if change < best:
+                    best, pruned, restored = change, u, p
+        else:
+            for first in range(0, cols, block):
+                change, u, p = two_lines(R, delta, kept_q, pruned_q, first, first + block)
+                if change < best:
+                    best, pruned, restored = change, u, p
+            if steepest or pruned < 0:
+                known = best
+                for first in range(0, cols, block):
+                    change, u, p = best_pair(
+                        R,
+                        delta,
+                        spread,
+                        level,
+                        levels,
+                        kept_q,
+                        pruned_q,
+                        first,
+                        first + block,
+                        known,
+                        lists,
+                        work[5:],
+                    )
+                    if u >= 0 and change < limit and (change < best or first <= pruned):
+                        best, pruned, restored = change, u, p
+                        known = change
+        if pruned < 0:
+            return made, True
+        if made >= max_swaps or made >= SWAPS_PER_REFRESH * cols:
+            return made, False
+        make_swap(R, delta, mask, kept_q, pruned_q, pruned, restored)
+        made += 1
