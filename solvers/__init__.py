@@ -1,6 +1,7 @@
 """How layer problems are solved: one algorithm per file, named as its paper names it."""
 
 from .base import Budget, Group, Outcome, Solution, Solver, Status, TracePoint, solve
+from .certificate import Certificate, certify
 from .compose import BestOf, Sequence
 from .enumeration import Enumeration
 from .one_swap import OneSwap
@@ -12,6 +13,7 @@ __all__ = [
     "SOLVERS",
     "BestOf",
     "Budget",
+    "Certificate",
     "Enumeration",
     "Group",
     "Magnitude",
@@ -24,5 +26,6 @@ __all__ = [
     "Status",
     "TracePoint",
     "Wanda",
+    "certify",
     "solve",
 ]

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu_loops import BOUND_SLACK, descend_tile
-from .reference import Descent
+from .cpu_loops import BOUND_SLACK, Array, best_swaps_of_tile, descend_tile
+from .reference import BestSwaps, Descent
 
 # Rows that share one pass over R; fewer when there are few rows or when time is short.
 TILE = 32
@@ -57,14 +57,11 @@ def descend(
     """
     rows = len(scaled_weight)
     R = correlation.contiguous().numpy()
-    dtype = R.dtype
     weight = scaled_weight.contiguous().numpy()
     has_drift = scaled_drift is not None
-    drift = np.zeros((1, 1), dtype) if scaled_drift is None else scaled_drift.contiguous().numpy()
+    drift = np.zeros((1, 1), R.dtype) if scaled_drift is None else scaled_drift.contiguous().numpy()
     offset = np.zeros(rows) if constant is None else constant.double().numpy()
-    if largest_correlation is None:
-        largest_correlation = (correlation - torch.diag(correlation.diagonal())).abs().amax(1)
-    root = (largest_correlation.double().sqrt() * (1 + BOUND_SLACK)).numpy().astype(dtype)
+    root = _root(correlation, largest_correlation)
     kept = mask.clone().contiguous().numpy()
     swaps = np.zeros(rows, np.int64)
     converged = np.zeros(rows, np.bool_)
@@ -95,6 +92,53 @@ def descend(
 
     for_tiles(work, rows, deadline)
     return Descent(*(torch.from_numpy(array) for array in (kept, swaps, converged, resolved, error)))
+
+
+def best_swaps(
+    correlation: Tensor,
+    scaled_weight: Tensor,
+    scaled_drift: Tensor | None,
+    mask: Tensor,
+    block: int,
+    largest_correlation: Tensor | None = None,
+) -> BestSwaps:
+    """The swap with the lowest Δ of each row, see ``reference.best_swaps``; arguments as of ``descend``."""
+    rows = len(scaled_weight)
+    R = correlation.contiguous().numpy()
+    root = _root(correlation, largest_correlation)
+    weight = scaled_weight.contiguous().numpy()
+    has_drift = scaled_drift is not None
+    drift = np.zeros((1, 1), R.dtype) if scaled_drift is None else scaled_drift.contiguous().numpy()
+    kept = mask.contiguous().numpy()
+    change = np.empty(rows)
+    pruned = np.empty(rows, np.int64)
+    restored = np.empty(rows, np.int64)
+
+    def work(first: int, last: int) -> None:
+        best_swaps_of_tile(
+            R,
+            root,
+            weight[first:last],
+            drift[first:last] if has_drift else drift,
+            has_drift,
+            kept[first:last],
+            block,
+            change[first:last],
+            pruned[first:last],
+            restored[first:last],
+        )
+
+    for_tiles(work, rows)
+    return BestSwaps(torch.from_numpy(change), torch.from_numpy(pruned), torch.from_numpy(restored))
+
+
+def _root(correlation: Tensor, largest: Tensor | None) -> Array:
+    """``√ρ`` (cols,), rounded up, in the dtype of ``correlation``."""
+    if largest is None:
+        largest = (correlation - torch.diag(correlation.diagonal())).abs().amax(1)
+    root = largest.double().sqrt() * (1 + BOUND_SLACK)
+    array: Array = root.to(correlation.dtype).numpy()
+    return array
 
 
 def for_tiles(work: Callable[[int, int], None], rows: int, deadline: float = float("inf")) -> None:

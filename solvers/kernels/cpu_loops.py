@@ -58,8 +58,7 @@ SWAPS_PER_REFRESH = 4
 Array = np.ndarray[Any, Any]
 
 
-@intrinsic  # type: ignore[misc]  # numba's decorator carries no types
-def lower(_context: Any, left: Any, right: Any) -> Any:
+def _lower(_context: Any, left: Any, right: Any) -> Any:
     """The smaller of two floats, marked as free of NaN so that LLVM vectorises minima over a loop."""
 
     def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
@@ -67,6 +66,9 @@ def lower(_context: Any, left: Any, right: Any) -> Any:
         return builder.select(builder.fcmp_ordered("<", *values, flags=flags), *values, flags=flags)
 
     return left(left, right), generate
+
+
+lower: Any = intrinsic(_lower)
 
 
 @njit(**OPTIONS)
@@ -502,6 +504,57 @@ def descend_tile(
     for r in range(rows):
         if wanted[r]:
             resolved[r] = False
+
+
+@njit(**OPTIONS)
+def best_swaps_of_tile(
+    R: Array,
+    root: Array,
+    weight: Array,
+    drift: Array,
+    has_drift: bool,
+    mask: Array,
+    block: int,
+    change: Array,
+    pruned: Array,
+    restored: Array,
+) -> None:
+    """The swap with the lowest Δ of each row of a tile; the last three arguments (rows,) are results."""
+    rows, cols = weight.shape
+    cost = np.empty((rows, cols), np.float64)
+    work = np.empty((11, max(cols, LEVELS + 1)), weight.dtype)
+    lists = np.empty((3, cols), np.int32)
+    add_costs(R, weight, drift, has_drift, mask, np.ones(rows, np.bool_), cost)
+    delta, kept_q, pruned_q, spread = work[0, :cols], work[1, :cols], work[2, :cols], work[3, :cols]
+    level, levels = lists[2], work[4, : LEVELS + 1]
+    for r in range(rows):
+        load_row(weight[r], mask[r], cost[r], delta, kept_q, pruned_q)
+        load_spread(weight[r], root, spread, level, levels)
+        best, best_u, best_p = big_of(delta), -1, -1
+        for first in range(0, cols, block):
+            if block <= NARROW_BLOCK:
+                low, u, p = all_pairs(R, delta, mask[r], kept_q, pruned_q, first, first + block)
+            else:
+                known, u, p = two_lines(R, delta, kept_q, pruned_q, first, first + block)
+                low, u, p = best_pair(
+                    R,
+                    delta,
+                    spread,
+                    level,
+                    levels,
+                    kept_q,
+                    pruned_q,
+                    first,
+                    first + block,
+                    known,
+                    lists,
+                    work[5:],
+                )
+            if low < best:
+                best, best_u, best_p = low, u, p
+        change[r] = best
+        pruned[r] = best_u
+        restored[r] = best_p
 
 
 @njit(**OPTIONS)

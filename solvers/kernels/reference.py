@@ -50,6 +50,20 @@ class Descent(NamedTuple):
     error: Tensor
 
 
+class BestSwaps(NamedTuple):
+    """The best swap of each row, improving or not.
+
+    Attributes:
+        change: Δ (rows,), float64, at the squared scale of the row.
+        pruned: u (rows,), int64.
+        restored: p (rows,), int64.
+    """
+
+    change: Tensor
+    pruned: Tensor
+    restored: Tensor
+
+
 def descend(
     correlation: Tensor,
     scaled_weight: Tensor,
@@ -115,6 +129,27 @@ def descend(
         if report is not None:
             report(min(first + size, rows) - first)
     return Descent(mask, swaps, converged, resolved, error)
+
+
+def best_swaps(
+    correlation: Tensor,
+    scaled_weight: Tensor,
+    scaled_drift: Tensor | None,
+    mask: Tensor,
+    block: int,
+    largest_correlation: Tensor | None = None,
+) -> BestSwaps:
+    """The swap with the lowest Δ of each row, from freshly computed costs; arguments as of ``descend``."""
+    rows, cols = scaled_weight.shape
+    size = max(1, DELTA_ENTRIES // (cols * block))
+    parts = []
+    for first in range(0, rows, size):
+        part = slice(first, first + size)
+        drift = None if scaled_drift is None else scaled_drift[part]
+        state = _Rows(correlation, scaled_weight[part], drift, mask[part], block)
+        parts.append(state.best_swap(torch.zeros(1, device=mask.device), "best"))
+    change, pruned, restored = (torch.cat(column) for column in zip(*parts, strict=True))
+    return BestSwaps(change.double(), pruned, restored)
 
 
 def _descend_batch(

@@ -89,7 +89,7 @@ def rounding_noise(weight: Tensor, drift: Tensor | None, mask: Tensor) -> Tensor
     size = pruned.norm(dim=1)
     if drift is not None:
         size = size + drift.double().abs().amax(1)
-    noise = NOISE * torch.finfo(weight.dtype).eps / 2 * pruned.abs().amax(1) * size
+    noise: Tensor = NOISE * torch.finfo(weight.dtype).eps / 2 * pruned.abs().amax(1) * size
     if weight.dtype == torch.float32:
         return torch.where(weight.abs().amax(1) > LARGEST_FLOAT32, torch.inf, noise)
     return noise
