@@ -1,0 +1,110 @@
+"""Tables of plain values that are read key by key; every error names the key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import InputError
+
+REQUIRED: Any = object()
+
+
+class CheckedTable:
+    """A table that is read key by key.
+
+    Args:
+        values: the table; name: what messages call the whole; path: of the table in it.
+
+    Every reader takes a key and a default and raises ``InputError`` if the value has another type.
+    """
+
+    def __init__(self, values: Mapping[str, Any], name: str, path: str) -> None:
+        self.values, self._name, self._path = values, name, path
+        self._known: set[str] = set()
+
+    def wrong(self, key: str, expected: str, found: str) -> None:
+        """Raise the error of one key."""
+        raise InputError(f"{self._name}, key {self._path}{key}: expected {expected}, found {found}")
+
+    def _get(self, key: str, default: Any) -> Any:
+        self._known.add(key)
+        if key not in self.values and default is REQUIRED:
+            self.wrong(key, "a value", "none")
+        return self.values.get(key, default)
+
+    def text(self, key: str, default: str = REQUIRED) -> str:
+        """One text."""
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            self.wrong(key, "text", repr(value))
+        return str(value)
+
+    def texts(self, key: str, default: Sequence[str] = REQUIRED) -> tuple[str, ...]:
+        """Texts, or one of them."""
+        return self._list(key, default, str, "text or a list of texts")
+
+    def integer(self, key: str, default: int = REQUIRED, least: int = 0) -> int:
+        """One whole number."""
+        values = self._list(key, REQUIRED if default is REQUIRED else [default], int, "a whole number")
+        if len(values) != 1 or isinstance(self.values.get(key), list) or values[0] < least:
+            self.wrong(key, f"one whole number of at least {least}", repr(self.values.get(key)))
+        return int(values[0])
+
+    def integers(self, key: str, default: Sequence[int] = REQUIRED, least: int = 0) -> tuple[int, ...]:
+        """Whole numbers, or one of them."""
+        values = self._list(key, default, int, "whole numbers")
+        if any(value < least for value in values):
+            self.wrong(key, f"whole numbers of at least {least}", repr(list(values)))
+        return values
+
+    def number(self, key: str, default: float = REQUIRED, least: float = 0.0) -> float:
+        """One number."""
+        values = self.numbers(key, [default], least)
+        if len(values) != 1:
+            self.wrong(key, "one number", repr(self.values.get(key)))
+        return values[0]
+
+    def numbers(self, key: str, default: Sequence[float] = REQUIRED, least: float = 0.0) -> tuple[float, ...]:
+        """Numbers, or one of them."""
+        values = tuple(float(value) for value in self._list(key, default, (int, float), "numbers"))
+        if any(not value >= least for value in values):
+            self.wrong(key, f"numbers of at least {least:g}", repr(list(values)))
+        return values
+
+    def any_list(self, key: str) -> list[Any]:
+        """Values of any type, or one of them."""
+        value = self._get(key, [])
+        return value if isinstance(value, list) else [value]
+
+    def table(self, key: str) -> CheckedTable:
+        """A table, empty if there is none."""
+        value = self._get(key, {})
+        if not isinstance(value, dict):
+            self.wrong(key, "a table", repr(value))
+        return CheckedTable(value, self._name, f"{self._path}{key}.")
+
+    def tables(self, key: str) -> list[CheckedTable]:
+        """A list of tables, empty if there is none."""
+        value = self._get(key, [])
+        if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+            self.wrong(key, f"tables [[{key}]]", repr(value))
+        return [
+            CheckedTable(each, self._name, f"{self._path}{key}[{index}].") for index, each in enumerate(value)
+        ]
+
+    def _list(self, key: str, default: Any, kind: Any, expected: str) -> tuple[Any, ...]:
+        value = self._get(key, default)
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(each, kind) and not isinstance(each, bool) for each in values):
+            self.wrong(key, expected, repr(value))
+        return tuple(values)
+
+    def finish(self) -> None:
+        """Refuse keys that were never asked for."""
+        for key in self.values:
+            if key not in self._known:
+                near = difflib.get_close_matches(key, self._known, 1)
+                hint = f"{near[0]} perhaps" if near else f"one of {', '.join(sorted(self._known))}"
+                self.wrong(key, hint, "an unknown key")

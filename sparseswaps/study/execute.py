@@ -1,0 +1,285 @@
+"""One work unit, from its specification to its rows. Runs in a process of its own (``study.child``)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from ..pipeline import Mode
+from ..problems import LayerProblem
+from ..records import LayerRecord
+from ..run import PruneReport, peak_memory_mb, prune, versions
+from ..solvers import Budget, Solution, solve
+from ..solvers.registry import parse_solver
+from ..study_records import ModelRecord, RowRecord, TraceRecord, UnitRecord, UnitResult
+from .problems import BuiltProblem, build_problem, resolve_model, resolve_path, short_name
+from .schema import SolverChoice
+
+Blank = TypeVar("Blank", UnitRecord, ModelRecord)
+# Points of a trace that are kept: enough for a curve, whatever the solver records.
+TRACE_POINTS = 64
+
+
+def execute(unit: str, study: str, spec: Mapping[str, Any], cache: Path) -> UnitResult:
+    """Run a unit.
+
+    Args:
+        unit: its id.
+        study: name of its study.
+        spec: from the plan.
+        cache: folder of extracted instance files.
+
+    Raises:
+        Exception: whatever the solver raises; the caller records it.
+    """
+    _reset_peak_memory()
+    if spec["kind"] == "model":
+        return _execute_model(unit, study, spec)
+    return _execute_layer(unit, study, spec, cache)
+
+
+def failed(
+    unit: str,
+    study: str,
+    spec: Mapping[str, Any],
+    status: str,
+    failure: str,
+    seconds: float,
+    memory_mb: float,
+) -> UnitResult:
+    """The row of a unit that has no result: what was asked for, and why there is none."""
+    solver = spec["solver"]
+    names: dict[str, Any] = {
+        "unit": unit,
+        "study": study,
+        "label": solver["label"],
+        "method": solver["method"],
+        "start": solver["start"],
+        "options": json.dumps(solver["options"], sort_keys=True),
+        "solver": " → ".join(solver["solvers"]),
+        "group": "",
+        "seed": spec["seed"],
+        "pattern": spec["pattern"],
+        "status": status,
+        "failure": failure,
+        "seconds": seconds,
+        "peak_memory_mb": memory_mb,
+        "machine": "{}",
+    }
+    if spec["kind"] == "model":
+        names |= {name: spec[name] for name in ("mode", "drift", "samples", "length")}
+        texts = {name: _text_name(spec[name]) for name in ("calibration", "evaluation")}
+        model = short_name(spec["model"])
+        return UnitResult(model=_blank(ModelRecord, names | texts | {"model": model}))
+    problem = spec["problem"]
+    names |= {
+        "source": short_name(problem["source"]),
+        "calibration": _text_name(problem.get("calibration", "")),
+        "samples": problem.get("samples", 0),
+        "layer": problem.get("layer", ""),
+        "rows": problem["rows"],
+        "cols": problem["cols"],
+        "budget": spec["seconds"],
+    }
+    return UnitResult(layer=_blank(UnitRecord, names))
+
+
+_BLANKS: Mapping[str, Any] = {"str": "", "int": 0, "float": 0.0}
+
+
+def _blank(kind: type[Blank], known: Mapping[str, Any]) -> Blank:
+    """A record with the fields that are known; the others are empty."""
+    rest = {field.name: _BLANKS.get(str(field.type)) for field in fields(kind)}
+    return kind(**{**rest, **known})
+
+
+def _execute_layer(unit: str, study: str, spec: Mapping[str, Any], cache: Path) -> UnitResult:
+    folder = Path(spec["folder"])
+    built = build_problem(spec["problem"], spec["pattern"], spec["seed"], folder, cache)
+    problem = built.problem
+    choice = SolverChoice(**spec["solver"])
+    solver = choice.build()
+    init = solve(problem, parse_solver(choice.start)) if choice.start else None
+    solution = solve(problem, solver, init, Budget(spec["seconds"]))
+    held_out = built.held_out
+    record = UnitRecord(
+        unit=unit,
+        study=study,
+        source=built.source,
+        calibration=_text_name(spec["problem"].get("calibration", "")),
+        samples=spec["problem"].get("samples", 0),
+        layer=built.layer,
+        block=built.block,
+        kind=built.kind,
+        rows=problem.rows,
+        cols=problem.cols,
+        pattern=spec["pattern"],
+        sparsity=problem.pattern.sparsity,
+        problem=built.identity,
+        label=choice.label,
+        method=choice.method,
+        start=choice.start,
+        options=json.dumps(dict(choice.options), sort_keys=True),
+        solver=solution.solver,
+        group=str(solver.group),
+        seed=spec["seed"],
+        budget=spec["seconds"],
+        status=str(solution.status),
+        failure="",
+        objective=solution.objective,
+        bound=solution.bound,
+        norm=float(problem.output_norms().sum()),
+        held_out=None if held_out is None else held_out.objective(solution.mask),
+        held_out_norm=None if held_out is None else float(held_out.output_norms().sum()),
+        seconds=solution.seconds,
+        peak_memory_mb=_peak_memory_mb(),
+        machine=_machine(),
+    )
+    return UnitResult(layer=record, rows=_rows(unit, built, solution), trace=_trace(unit, solution))
+
+
+def _rows(unit: str, built: BuiltProblem, solution: Solution) -> tuple[RowRecord, ...]:
+    problem: LayerProblem = built.problem
+    seconds = solution.stats.get("seconds")
+    swaps = solution.stats.get("swaps")
+    share = solution.seconds / problem.rows
+    return tuple(
+        RowRecord(
+            unit,
+            built.row_indices[row],
+            float(solution.row_objectives[row]),
+            float(solution.row_bounds[row]),
+            str(solution.row_statuses[row]),
+            share if seconds is None else float(seconds[row]),
+            None if swaps is None else int(swaps[row]),
+        )
+        for row in range(problem.rows)
+    )
+
+
+def _trace(unit: str, solution: Solution) -> tuple[TraceRecord, ...]:
+    points = solution.trace
+    if len(points) > TRACE_POINTS:
+        chosen = np.unique(np.linspace(0, len(points) - 1, TRACE_POINTS).round().astype(int))
+        points = tuple(points[index] for index in chosen)
+    by_time = {
+        point.seconds: TraceRecord(unit, point.seconds, point.objective, point.bound) for point in points
+    }
+    return tuple(by_time.values())
+
+
+def _execute_model(unit: str, study: str, spec: Mapping[str, Any]) -> UnitResult:
+    folder = Path(spec["folder"])
+    choice = SolverChoice(**spec["solver"])
+    solver = choice.build()
+    begin = time.perf_counter()
+    report = prune(
+        resolve_model(spec["model"], folder),
+        spec["pattern"],
+        calibration=resolve_path(spec["calibration"], folder),
+        evaluation=resolve_path(spec["evaluation"], folder),
+        solver=solver,
+        start=parse_solver(choice.start) if choice.start else None,
+        samples=spec["samples"],
+        length=spec["length"] or None,
+        seed=spec["seed"],
+        evaluation_limit=spec["evaluation_limit"] or None,
+        mode=Mode(spec["mode"]),
+        drift=spec["drift"],
+        device="cpu",
+    )
+    layers: tuple[LayerRecord, ...] = report.layers
+    record = _model_record(unit, study, spec, choice, report, str(solver.group), time.perf_counter() - begin)
+    return UnitResult(model=record, layers=layers)
+
+
+def _model_record(
+    unit: str, study: str, spec: Mapping[str, Any], choice: SolverChoice, report: PruneReport, group: str,
+    seconds: float,
+) -> ModelRecord:  # fmt: skip
+    return ModelRecord(
+        unit=unit,
+        study=study,
+        label=choice.label,
+        method=choice.method,
+        start=choice.start,
+        options=json.dumps(dict(choice.options), sort_keys=True),
+        solver=report.solver,
+        group=group,
+        seed=spec["seed"],
+        model=short_name(spec["model"]),
+        pattern=spec["pattern"],
+        sparsity=report.sparsity,
+        mode=spec["mode"],
+        drift=spec["drift"],
+        calibration=_text_name(spec["calibration"]),
+        samples=report.samples,
+        length=report.length,
+        calibration_hash=report.calibration_hash,
+        evaluation=_text_name(spec["evaluation"]),
+        evaluation_windows=report.evaluation_windows,
+        status="finished",
+        failure="",
+        error_start=report.error_start,
+        error=report.error,
+        held_out_error=report.held_out_error,
+        perplexity_dense=report.perplexity_dense,
+        perplexity=report.perplexity_pruned,
+        cosine=report.cosine,
+        seconds=seconds,
+        seconds_layers=report.seconds_layers,
+        peak_memory_mb=_peak_memory_mb(),
+        machine=_machine(),
+    )
+
+
+def _text_name(text: str) -> str:
+    """A text without its folders, so that records do not depend on where things lie."""
+    return Path(text).stem if text else ""
+
+
+def _machine() -> str:
+    facts = {"device": "cpu", "threads": torch.get_num_threads(), **versions()}
+    return json.dumps(facts, sort_keys=True)
+
+
+def _reset_peak_memory() -> None:
+    """Start the high-water mark of the resident set again, where the system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _peak_memory_mb() -> float:
+    """Largest resident set of this process since the last reset, in 10⁶ bytes."""
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
+    return peak_memory_mb()
+
+
+def to_json(result: UnitResult) -> str:
+    """A result as one line of JSON."""
+    return json.dumps(asdict(result))
+
+
+def from_json(text: str) -> UnitResult:
+    """The result that ``to_json`` wrote."""
+    values = json.loads(text)
+    return UnitResult(
+        None if values["layer"] is None else UnitRecord(**values["layer"]),
+        None if values["model"] is None else ModelRecord(**values["model"]),
+        tuple(RowRecord(**row) for row in values["rows"]),
+        tuple(TraceRecord(**point) for point in values["trace"]),
+        tuple(LayerRecord(**layer) for layer in values["layers"]),
+    )

@@ -1,0 +1,205 @@
+"""From a study to its work units: every problem with every solver, pattern, seed and budget."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InputError
+from ..study_records import PlannedUnit
+from .problems import layers_of, resolve_files
+from .schema import ModelSet, ProblemSet, SolverChoice, Study
+
+# A unit that says nothing about time is expected to take this long, in seconds.
+GUESS_LAYER, GUESS_MODEL = 5.0, 60.0
+# A unit is killed after this many budgets and this many seconds more, unless the study says otherwise.
+BUDGETS, STARTUP = 3.0, 60.0
+# Without a budget and a limit a unit may take this long.
+NO_LIMIT = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class CostEstimate:
+    """What is ahead.
+
+    Attributes:
+        units: work units that are not finished.
+        seconds: expected, on ``jobs`` processes: means of finished units of the same solver where
+            there are some, else budgets.
+        most: if every unit takes as long as it may.
+        measured: units whose expectation comes from finished ones.
+    """
+
+    units: int
+    seconds: float
+    most: float
+    measured: int
+
+
+def unit_id(study: str, spec: Mapping[str, Any]) -> str:
+    """Stable id of a unit: a hash of the study's name and everything that determines the result."""
+    text = json.dumps([study, spec], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def plan_units(study: Study) -> list[PlannedUnit]:
+    """All work units of ``study`` in the order in which they run.
+
+    Layers of models are looked up, so the models must be there; nothing is computed.
+
+    Raises:
+        InputError: if a model, a file or a layer does not exist.
+    """
+    units: dict[str, PlannedUnit] = {}
+    for problems in study.problems:
+        for spec in _layer_specs(study, problems):
+            _add(units, study, spec)
+    for models in study.models:
+        for spec in _model_specs(study, models):
+            _add(units, study, spec)
+    if not units:
+        raise InputError(f"study {study.name}: expected at least one work unit, found none")
+    return list(units.values())
+
+
+def _add(units: dict[str, PlannedUnit], study: Study, spec: dict[str, Any]) -> None:
+    identity = unit_id(study.name, spec)
+    # limits and what things are called do not determine the result
+    full = {**spec, "folder": str(study.folder), "memory_mb": study.memory_mb}
+    limit = study.hard_seconds or (
+        BUDGETS * spec["seconds"] + STARTUP if spec.get("seconds") is not None else NO_LIMIT
+    )
+    units[identity] = PlannedUnit(identity, study.name, spec["solver"]["label"], full, limit)
+
+
+def _solver_spec(choice: SolverChoice) -> dict[str, Any]:
+    return {
+        "label": choice.label,
+        "method": choice.method,
+        "solvers": list(choice.solvers),
+        "start": choice.start,
+        "options": dict(choice.options),
+    }
+
+
+def _chosen(study: Study, labels: Iterable[str]) -> list[SolverChoice]:
+    wanted = tuple(labels)
+    if not wanted:
+        return list(study.solvers)
+    return [
+        choice
+        for choice in study.solvers
+        if any(choice.label == label or choice.label.startswith(label + ", ") for label in wanted)
+    ]
+
+
+def _layer_specs(study: Study, problems: ProblemSet) -> Iterable[dict[str, Any]]:
+    solvers = _chosen(study, problems.solvers)
+    patterns = problems.patterns or study.patterns
+    for seed, problem in itertools.product(study.seeds, _problem_specs(study, problems)):
+        for pattern, seconds, choice in itertools.product(patterns, study.seconds, solvers):
+            yield {
+                "kind": "layer",
+                "problem": problem,
+                "pattern": pattern,
+                "seed": seed,
+                "seconds": seconds,
+                "solver": _solver_spec(choice),
+            }
+
+
+def _problem_specs(study: Study, problems: ProblemSet) -> list[dict[str, Any]]:
+    base = {"kind": problems.kind, "rows": problems.rows}
+    if problems.kind == "family":
+        return [{**base, "source": problems.source, "cols": cols} for cols in problems.cols]
+    widths = problems.cols or (0,)
+    if problems.kind == "files":
+        files = resolve_files(problems.source.split("\n"), study.folder)
+        return [{**base, "source": file, "cols": cols} for file in files for cols in widths]
+    specs = []
+    layers = layers_of(problems.source, study.folder, problems.include, problems.exclude)
+    for samples, layer, cols in itertools.product(problems.samples, layers, widths):
+        if cols > layer.cols:
+            continue
+        specs.append(
+            {
+                **base,
+                "source": problems.source,
+                "calibration": problems.calibration,
+                "held_out": problems.held_out,
+                "samples": samples,
+                "length": problems.length,
+                "layer": layer.name,
+                "cols": 0 if cols == layer.cols else cols,
+            }
+        )
+    return list({json.dumps(spec, sort_keys=True): spec for spec in specs}.values())
+
+
+def _model_specs(study: Study, models: ModelSet) -> Iterable[dict[str, Any]]:
+    for seed, pattern, calibration, samples, mode, drift, choice in itertools.product(
+        study.seeds,
+        models.patterns or study.patterns,
+        models.calibration,
+        models.samples,
+        models.mode,
+        models.drift,
+        _chosen(study, models.solvers),
+    ):
+        if drift and mode == "one-shot":  # drift is what sequential pruning sees
+            continue
+        yield {
+            "kind": "model",
+            "model": models.model,
+            "pattern": pattern,
+            "calibration": calibration,
+            "evaluation": models.evaluation,
+            "evaluation_limit": models.evaluation_limit,
+            "samples": samples,
+            "length": models.length,
+            "mode": mode,
+            "drift": drift,
+            "seed": seed,
+            "solver": _solver_spec(choice),
+        }
+
+
+def estimate_cost(
+    units: Iterable[PlannedUnit], mean_seconds: Mapping[str, float], jobs: int = 1
+) -> CostEstimate:
+    """Expected and largest time of ``units`` on ``jobs`` processes.
+
+    Args:
+        units: not finished.
+        mean_seconds: of finished units by label.
+        jobs: processes.
+    """
+    count, seconds, most, measured = 0, 0.0, 0.0, 0
+    for unit in units:
+        count += 1
+        most += unit.limit
+        if unit.label in mean_seconds:
+            measured += 1
+            seconds += mean_seconds[unit.label]
+        elif unit.spec.get("seconds") is not None:
+            seconds += unit.spec["seconds"]
+        else:
+            seconds += GUESS_MODEL if unit.spec["kind"] == "model" else GUESS_LAYER
+    return CostEstimate(count, seconds / jobs, most / jobs, measured)
+
+
+def plan_summary(units: Iterable[PlannedUnit]) -> list[tuple[str, str, int]]:
+    """Units by source and solver label: (source, label, units), in order of first appearance."""
+    counts = Counter(
+        (
+            str(unit.spec["model"] if unit.spec["kind"] == "model" else unit.spec["problem"]["source"]),
+            unit.label,
+        )
+        for unit in units
+    )
+    return [(source, label, count) for (source, label), count in counts.items()]

@@ -1,0 +1,266 @@
+"""The layer problems of a study: synthetic, from instance files, or extracted from models.
+
+Layers of a model are extracted once, into instance files beside the record, and read from there by
+every unit. A unit may take a sample of the rows and a sub-block of the columns: ``cols`` consecutive
+input channels with their part of the Gram matrix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..calibration import calibration_windows
+from ..errors import InputError, InvalidFileError
+from ..evaluation import is_causal
+from ..models import DEFAULT_EXCLUDE, LoadedModel, find_blocks, load_model
+from ..pipeline import layer_problems
+from ..problems import Gram, LayerProblem, SparsityPattern, load_instance, save_instance, synthetic_layer
+from ..run import window_length
+
+# Sub-blocks start at a multiple of this, so that N:M blocks stay whole.
+ALIGN = 16
+# Windows of the held-out text, the same for every size of the calibration set.
+HELD_OUT_SAMPLES = 64
+DEMO_MODEL = Path(__file__).parent.parent / "data" / "demo-model"
+
+
+@dataclass(frozen=True)
+class LayerName:
+    """A layer that can be extracted."""
+
+    name: str
+    block: int
+    kind: str
+    rows: int
+    cols: int
+
+
+@dataclass(frozen=True, eq=False)
+class BuiltProblem:
+    """A unit's problem with what is known about it.
+
+    Attributes:
+        problem: what to solve; held_out: the same with the held-out text's Gram matrix, or None.
+        identity: hash of weights, Gram matrix and pattern.
+        source, layer, block, kind: where it comes from.
+        row_indices: index in the layer of each row.
+    """
+
+    problem: LayerProblem
+    held_out: LayerProblem | None
+    identity: str
+    source: str
+    layer: str
+    block: int
+    kind: str
+    row_indices: tuple[int, ...]
+
+
+def resolve_model(model: str, folder: Path) -> str:
+    """Directory or hub name of ``model``: ``demo``, ``package:NAME/FOLDER``, a path, a hub name.
+
+    Raises:
+        InputError: if the package is not installed.
+    """
+    if model == "demo":
+        return str(DEMO_MODEL)
+    if model.startswith("package:"):
+        package, _, rest = model.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(f"model {model}: expected the package {package} to be installed, found none")
+        return str(Path(spec.submodule_search_locations[0]) / rest)
+    return resolve_path(model, folder)
+
+
+def resolve_path(text: str, folder: Path) -> str:
+    """``text`` relative to ``folder`` if there is such a file, else unchanged."""
+    path = folder / text
+    return str(path) if text and path.exists() else text
+
+
+def short_name(model: str) -> str:
+    """What tables call a model: the last telling part of its path."""
+    parts = [
+        part for part in model.removeprefix("package:").split("/") if part not in ("", ".", "..", "model")
+    ]
+    return parts[-1] if parts else model
+
+
+def resolve_files(patterns: Sequence[str], folder: Path) -> list[str]:
+    """Instance files that match shell patterns, relative to ``folder``, sorted.
+
+    Raises:
+        InputError: if a pattern matches nothing.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        if Path(pattern).is_absolute():
+            matches = sorted(str(path) for path in Path(pattern).parent.glob(Path(pattern).name))
+        else:
+            matches = sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern))
+        if not matches:
+            raise InputError(f"instance files {pattern} in {folder}: expected at least one, found none")
+        found += [match for match in matches if match not in found]
+    return found
+
+
+@lru_cache(maxsize=2)
+def _loaded(model: str) -> LoadedModel:
+    return load_model(model, torch.device("cpu"))
+
+
+def layers_of(
+    model: str, folder: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[LayerName]:
+    """Layers of ``model`` that match, in forward order.
+
+    Raises:
+        InputError: if the model cannot be loaded or nothing matches.
+    """
+    loaded = _loaded(resolve_model(model, folder))
+    blocks = find_blocks(loaded.model, include, (*DEFAULT_EXCLUDE, *exclude))
+    return [
+        LayerName(layer.name, layer.block, layer.kind, *map(int, layer.weight.shape))
+        for block in blocks
+        for layer in block.layers
+    ]
+
+
+def extraction_id(problem: Mapping[str, Any], seed: int, held_out: bool) -> str:
+    """Which extraction a layer of a model comes from: model, text and windows."""
+    text = problem["held_out"] if held_out else problem["calibration"]
+    samples, seed = (HELD_OUT_SAMPLES, 0) if held_out else (problem["samples"], seed)
+    key = [problem["source"], text, samples, problem["length"], seed]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+
+
+def instance_file(cache: Path, problem: Mapping[str, Any], seed: int, held_out: bool) -> Path:
+    """Where the extracted layer lies."""
+    return cache / extraction_id(problem, seed, held_out) / f"{problem['layer']}.safetensors"
+
+
+def extract(problem: Mapping[str, Any], seed: int, folder: Path, cache: Path) -> None:
+    """Extract all layers of a model that are not there yet, for calibration and held-out text.
+
+    Args:
+        problem: specification of any unit on that model and those texts.
+        seed: of the calibration windows.
+        folder: where relative paths start.
+        cache: folder of extracted instance files.
+    """
+    for held_out in (False, True):
+        text = problem["held_out"] if held_out else problem["calibration"]
+        target = cache / extraction_id(problem, seed, held_out)
+        if not text or (target / "complete").exists():
+            continue
+        loaded = _loaded(resolve_model(problem["source"], folder))
+        length = window_length(loaded, problem["length"] or None)
+        windows = calibration_windows(
+            resolve_path(text, folder),
+            loaded.tokenizer,
+            HELD_OUT_SAMPLES if held_out else problem["samples"],
+            length,
+            0 if held_out else seed,
+            special_tokens=not is_causal(loaded.model),
+        )
+        blocks = find_blocks(loaded.model)
+        facts = {layer.name: layer for block in blocks for layer in block.layers}
+        for found in layer_problems(loaded.model, blocks, "50%", windows.tokens):
+            layer = facts[found.name]
+            provenance = {"block": layer.block, "kind": layer.kind, "tokens": windows.hash}
+            # several processes may extract at once: each writes its own file, the last one stays
+            own = target / f"{found.name}.{os.getpid()}"
+            save_instance(found, own, provenance)
+            own.replace(target / f"{found.name}.safetensors")
+        (target / "complete").touch()
+
+
+def build_problem(
+    problem: Mapping[str, Any], pattern: str, seed: int, folder: Path, cache: Path
+) -> BuiltProblem:
+    """The problem of a unit.
+
+    Raises:
+        InputError: if it does not exist or the pattern does not fit.
+    """
+    block, kind, held_out = -1, "", None
+    if problem["kind"] == "family":
+        full = synthetic_layer(problem["source"], problem["rows"], problem["cols"], pattern, seed)
+        rows, columns = np.arange(full.rows), slice(0, full.cols)
+        layer, source = f"{full.rows} × {full.cols}", problem["source"]
+    else:
+        if problem["kind"] == "files":
+            full = load_instance(folder / problem["source"])
+            layer, source = full.name or Path(problem["source"]).stem, Path(problem["source"]).name
+        else:
+            path = instance_file(cache, problem, seed, held_out=False)
+            if not path.exists():
+                raise InvalidFileError(
+                    f"layer {problem['layer']}: expected tokens that reach it, found no instance {path.name}"
+                )
+            full = load_instance(path)
+            layer, source = full.name, short_name(problem["source"])
+            kind = next(part for part in reversed(layer.split(".")) if not part.isdigit())
+            block = next((int(part) for part in layer.split(".") if part.isdigit()), -1)
+            other = instance_file(cache, problem, seed, held_out=True)
+            held_out = load_instance(other) if problem["held_out"] and other.exists() else None
+        rows, columns = _sample(full, problem["rows"], problem["cols"], seed)
+    chosen = sub_problem(full, rows, columns, pattern)
+    return BuiltProblem(
+        chosen,
+        None if held_out is None else sub_problem(held_out, rows, columns, pattern),
+        _identity(chosen),
+        source,
+        layer,
+        block,
+        kind,
+        tuple(int(row) for row in rows),
+    )
+
+
+def _sample(problem: LayerProblem, rows: int, cols: int, seed: int) -> tuple[np.ndarray, slice]:
+    """Sorted indices of a sample of rows, and a random aligned block of columns; 0 is all."""
+    generator = np.random.default_rng([seed, problem.rows, problem.cols])
+    chosen = np.arange(problem.rows)
+    if 0 < rows < problem.rows:
+        chosen = np.sort(generator.choice(problem.rows, rows, replace=False))
+    if not 0 < cols < problem.cols:
+        return chosen, slice(0, problem.cols)
+    start = ALIGN * int(generator.integers((problem.cols - cols) // ALIGN + 1))
+    return chosen, slice(start, start + cols)
+
+
+def sub_problem(problem: LayerProblem, rows: np.ndarray, columns: slice, pattern: str) -> LayerProblem:
+    """Some rows and consecutive columns of a layer, with a pattern of its own."""
+    index = torch.from_numpy(rows)
+    weight = problem.weight[index][:, columns]
+    gram = problem.gram
+    if weight.shape[1] < problem.cols:
+        gram = Gram(problem.gram.matrix[columns, columns].clone(), problem.gram.tokens)
+        if problem.drift is not None:
+            raise InputError(f"layer {problem.name}: expected no drift where columns are chosen, found some")
+    chosen = problem.slice_rows(index)
+    parsed = SparsityPattern.parse(pattern, weight.shape[1])
+    return replace(chosen, weight=weight.contiguous(), gram=gram, pattern=parsed)
+
+
+def _identity(problem: LayerProblem) -> str:
+    digest = hashlib.sha256(str(problem.pattern).encode())
+    tensors = [problem.weight, problem.gram.matrix]
+    if problem.drift is not None:
+        tensors += [problem.drift.linear, problem.drift.constant]
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

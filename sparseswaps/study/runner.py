@@ -1,0 +1,222 @@
+"""Run a study: claim units, run them in parallel, write each result, go on after any interruption."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import InputError
+from ..study_records import PlannedUnit, UnitResult
+from .database import StudyDatabase, process_id
+from .plan import CostEstimate, estimate_cost, plan_summary, plan_units
+from .problems import extract
+from .schema import Study, load_study
+from .supervisor import close_child, run_unit
+
+CACHE_SUFFIX = ".instances"
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """What a study would do.
+
+    Attributes:
+        units: work units in order; summary: (source, solver label, units).
+        done: units that the record already holds, failed ones included.
+        cost: of the rest.
+    """
+
+    units: tuple[PlannedUnit, ...]
+    summary: tuple[tuple[str, str, int], ...]
+    done: int
+    cost: CostEstimate
+
+
+@dataclass(frozen=True)
+class StudyProgress:
+    """How far a study is.
+
+    Attributes:
+        done, failed, total: units; failed ones are not among the done.
+        seconds: since the start; seconds_left: expected.
+        label: solver of the unit that was just finished; failure: its reason if it failed.
+    """
+
+    done: int
+    failed: int
+    total: int
+    seconds: float
+    seconds_left: float
+    label: str
+    failure: str
+
+
+@dataclass(frozen=True)
+class StudyOutcome:
+    """What a call of ``run_study`` did.
+
+    Attributes:
+        database: the record; ran: units that this call ran; done, failed: of the study, in all.
+        elsewhere: units that another process has claimed.
+    """
+
+    database: Path
+    ran: int
+    done: int
+    failed: int
+    elsewhere: int
+
+
+def plan_study(
+    study: Study | str | os.PathLike[str], database: str | os.PathLike[str] | None = None, jobs: int = 1
+) -> StudyPlan:
+    """The work units of a study and what they will cost; computes and writes nothing.
+
+    Args:
+        study: a study or its file.
+        database: record whose finished units are left out, if it exists.
+        jobs: processes.
+
+    Raises:
+        InputError: for a study that cannot be run.
+    """
+    study = study if isinstance(study, Study) else load_study(study)
+    units = plan_units(study)
+    finished: set[str] = set()
+    means: dict[str, float] = {}
+    if database is not None and Path(database).is_file():
+        with StudyDatabase(database) as record:
+            finished, means = record.finished(), record.mean_seconds()
+    left = [unit for unit in units if unit.unit not in finished]
+    return StudyPlan(
+        tuple(units), tuple(plan_summary(units)), len(units) - len(left), estimate_cost(left, means, jobs)
+    )
+
+
+def run_study(
+    study: Study | str | os.PathLike[str],
+    database: str | os.PathLike[str],
+    *,
+    jobs: int | None = None,
+    backend: str = "loky",
+    retry_failed: bool = False,
+    progress: Callable[[StudyProgress], None] | None = None,
+) -> StudyOutcome:
+    """Run what is left of a study; units that the record holds are not repeated.
+
+    Several processes may run the same study on the same record at the same time.
+
+    Args:
+        study: a study or its file.
+        database: the record; extracted layers are kept beside it.
+        jobs: units at a time, by default one per processor.
+        backend: of joblib: ``loky`` (processes), ``threading``, ``sequential``, or one that was
+            registered with ``joblib.register_parallel_backend``, such as Dask's or Ray's. On other
+            machines the record's folder must be reachable under the same path.
+        retry_failed: run failed units again.
+        progress: called after every unit.
+
+    Raises:
+        InputError: for a study that cannot be run.
+    """
+    study = study if isinstance(study, Study) else load_study(study)
+    count = jobs if jobs is not None else os.cpu_count() or 1
+    if count < 1:
+        raise InputError(f"jobs counts work units at a time: expected at least 1, found {count}")
+    units = plan_units(study)
+    path = Path(database)
+    with StudyDatabase(path) as record:
+        facts = {
+            "name": study.name, "title": study.title, "description": study.description,
+            "units": len(units), "memory_mb": study.memory_mb,
+        }  # fmt: skip
+        record.add_plan(study.name, facts, units)
+        record.release_lost()
+        if retry_failed:
+            record.retry_failed([study.name])
+        job = _Run(study, units, record, path.with_name(path.name + CACHE_SUFFIX), count, backend, progress)
+        ran = job.run()
+        counts = record.counts([study.name])
+    return StudyOutcome(path, ran, counts["done"], counts["failed"], counts["claimed"])
+
+
+@dataclass(eq=False)
+class _Run:
+    """One call of ``run_study``."""
+
+    study: Study
+    units: list[PlannedUnit]
+    record: StudyDatabase
+    cache: Path
+    jobs: int
+    backend: str
+    progress: Callable[[StudyProgress], None] | None
+
+    def run(self) -> int:
+        """Run until nothing is left to claim; returns how many units."""
+        from joblib import Parallel, delayed
+
+        self._extract()
+        owner = process_id()
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        begin = time.perf_counter()
+        ran = 0
+        pool = Parallel(
+            n_jobs=self.jobs,
+            backend=self.backend,
+            return_as="generator_unordered" if self.backend != "sequential" else "generator",
+            pre_dispatch=self.jobs,
+            batch_size=1,
+        )
+        try:
+            results = pool(
+                delayed(run_unit)(unit.unit, unit.study, unit.spec, str(self.cache), unit.limit, threads)
+                for unit in self._claims(owner)
+            )
+            for result in results:
+                self.record.finish(result)
+                ran += 1
+                self._report(result, time.perf_counter() - begin)
+        finally:
+            self.record.release(owner)
+            close_child()
+        return ran
+
+    def _extract(self) -> None:
+        """Extract the layers that the units still need."""
+        finished = self.record.finished()
+        for unit in self.units:
+            problem = unit.spec.get("problem", {})
+            if unit.unit not in finished and problem.get("kind") == "model":
+                extract(problem, unit.spec["seed"], self.study.folder, self.cache)
+
+    def _claims(self, owner: str) -> Iterator[PlannedUnit]:
+        """Units in order, each claimed when the pool asks for it."""
+        while (unit := self.record.claim([self.study.name], owner)) is not None:
+            # where this process stands, not where the plan was written
+            yield replace(unit, spec={**unit.spec, "folder": str(self.study.folder)})
+
+    def _report(self, result: UnitResult, seconds: float) -> None:
+        if self.progress is None:
+            return
+        counts = self.record.counts([self.study.name])
+        means = self.record.mean_seconds()
+        overall = sum(means.values()) / len(means) if means else 0.0
+        left = sum(
+            count * means.get(label, overall)
+            for label, count in self.record.unfinished_labels([self.study.name]).items()
+        )
+        self.progress(
+            StudyProgress(
+                counts["done"],
+                counts["failed"],
+                sum(counts.values()),
+                seconds,
+                left / self.jobs,
+                result.record.label,
+                result.record.failure,
+            )
+        )

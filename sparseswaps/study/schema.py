@@ -1,0 +1,318 @@
+"""Study files: what is to be compared, as TOML, checked before anything runs.
+
+    name = "small"
+    patterns = ["50%", "2:4"]
+    seeds = [0, 1]
+    seconds = [10.0]
+
+    [limits]
+    memory_mb = 4000
+
+    [[problem]]
+    family = "correlated"            # or files = [...], or model = "..." with calibration = "..."
+    rows = 4
+    cols = [32, 64]
+
+    [[solver]]
+    solver = "one-swap"
+    label = "1-swap"
+    start = ["wanda", "magnitude"]   # lists are swept
+    options = { max_swaps = [1, 10] }
+
+    [[model]]
+    model = "demo"
+    calibration = "stdlib"
+    evaluation = "stdlib-held-out"
+    samples = [16]
+
+Every key that does not exist, is missing or has another type is an error that names it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, SparseswapsError
+from ..pipeline import Mode
+from ..problems.pattern import SparsityPattern
+from ..problems.synthetic import FAMILIES
+from ..solvers import Sequence as Chain
+from ..solvers import Solver
+from ..solvers.registry import parse_solver
+from .checked_table import REQUIRED, CheckedTable
+
+# Columns that every pattern in use divides, for checking a pattern before a layer is known.
+ANY_COLS = 5040
+
+
+@dataclass(frozen=True)
+class SolverChoice:
+    """One line of the comparison.
+
+    Attributes:
+        label: its name in tables; method: the name without what is varied.
+        solvers: texts of the solvers that run one after another (see ``parse_solver``).
+        start: text of the solver whose mask is the warm start, "" for none.
+        options: what is varied, by name.
+    """
+
+    label: str
+    method: str
+    solvers: tuple[str, ...]
+    start: str
+    options: Mapping[str, Any]
+
+    def build(self) -> Solver:
+        """The solver object."""
+        solvers = [parse_solver(text) for text in self.solvers]
+        return solvers[0] if len(solvers) == 1 else Chain(*solvers)
+
+
+@dataclass(frozen=True)
+class ProblemSet:
+    """Problems of one kind.
+
+    Attributes:
+        kind: ``family``, ``files`` or ``model``.
+        source: family, file patterns joined by a line break, or model.
+        rows: rows of a synthetic layer, or sampled from each layer; 0 is all.
+        cols: widths; for layers of files and models, of sub-blocks; empty is the whole width.
+        calibration, samples, length, held_out, include, exclude: of a model.
+        patterns, solvers: in place of the study's own; empty for all.
+    """
+
+    kind: str
+    source: str
+    rows: int
+    cols: tuple[int, ...]
+    patterns: tuple[str, ...]
+    solvers: tuple[str, ...]
+    calibration: str = ""
+    samples: tuple[int, ...] = (0,)
+    length: int = 0
+    held_out: str = ""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelSet:
+    """Whole models to prune and measure.
+
+    Attributes:
+        model: directory, hub name, ``demo``, or ``package:NAME/FOLDER`` inside an installed package.
+        calibration, samples, length, mode, drift, patterns: each listed value is tried.
+        evaluation: text of the evaluation; evaluation_limit: its most windows, 0 for all.
+        solvers: labels; empty for all.
+    """
+
+    model: str
+    calibration: tuple[str, ...]
+    evaluation: str
+    evaluation_limit: int
+    samples: tuple[int, ...]
+    length: int
+    mode: tuple[str, ...]
+    drift: tuple[float, ...]
+    patterns: tuple[str, ...]
+    solvers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A validated study.
+
+    Attributes:
+        name, title, description: what it is called and about.
+        folder: where relative paths start.
+        patterns, seeds, seconds: each combined with every problem and solver; None is no time budget.
+        memory_mb: hard limit of a unit's resident memory, 0 for none.
+        hard_seconds: hard limit of a unit's time, 0 for three budgets and a minute.
+        problems, solvers, models: what is combined.
+    """
+
+    name: str
+    title: str
+    description: str
+    folder: Path
+    patterns: tuple[str, ...]
+    seeds: tuple[int, ...]
+    seconds: tuple[float | None, ...]
+    memory_mb: float
+    hard_seconds: float
+    problems: tuple[ProblemSet, ...]
+    solvers: tuple[SolverChoice, ...]
+    models: tuple[ModelSet, ...]
+
+
+def load_study(path: str | os.PathLike[str]) -> Study:
+    """Read a study file.
+
+    Raises:
+        InputError: if it is missing, no TOML, or has a key that is wrong, which the message names.
+    """
+    source = Path(path)
+    try:
+        values = tomllib.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"study file {source}: expected a readable file, found {error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"study file {source}: expected TOML, found {error}") from error
+    return parse_study(values, source.parent, f"study file {source}")
+
+
+def parse_study(values: Mapping[str, Any], folder: Path | None = None, name: str = "study") -> Study:
+    """A study from plain values, as a study file holds them.
+
+    Args:
+        values: see the module.
+        folder: where relative paths start, the current directory by default.
+        name: what messages call it.
+
+    Raises:
+        InputError: for a key that is wrong, which the message names.
+    """
+    table = CheckedTable(values, name, "")
+    title = table.text("name")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", title):
+        table.wrong("name", "lower-case letters, digits and dashes", title)
+    patterns = table.texts("patterns", ["50%"])
+    _check_patterns(table, "patterns", patterns)
+    limits = table.table("limits")
+    memory, hard = limits.number("memory_mb", 0.0), limits.number("seconds", 0.0)
+    limits.finish()
+    solvers = tuple(choice for entry in table.tables("solver") for choice in _solver_choices(entry))
+    labels = [choice.label for choice in solvers]
+    for label in labels:
+        if labels.count(label) > 1:
+            table.wrong("solver", "different labels", f"{label!r} twice")
+    study = Study(
+        name=title,
+        title=table.text("title", title),
+        description=table.text("description", "").strip(),
+        folder=folder or Path(),
+        patterns=patterns,
+        seeds=table.integers("seeds", [0]),
+        seconds=table.numbers("seconds", []) or (None,),
+        memory_mb=memory,
+        hard_seconds=hard,
+        problems=tuple(_problem_set(entry, labels) for entry in table.tables("problem")),
+        solvers=solvers,
+        models=tuple(_model_set(entry, labels) for entry in table.tables("model")),
+    )
+    if not solvers:
+        table.wrong("solver", "at least one [[solver]]", "none")
+    if not study.problems and not study.models:
+        table.wrong("problem", "at least one [[problem]] or [[model]]", "none")
+    table.finish()
+    return study
+
+
+def _solver_choices(table: CheckedTable) -> list[SolverChoice]:
+    """An entry with its lists of options and starts multiplied out."""
+    texts = table.texts("solver")
+    starts = table.texts("start", [""])
+    options = table.table("options")
+    swept = {key: options.any_list(key) for key in options.values}
+    if swept and len(texts) > 1:
+        table.wrong("options", "none where several solvers run one after another", ", ".join(swept))
+    method = table.text("label", " → ".join(texts))
+    table.finish()
+    varied = [key for key, values in swept.items() if len(values) > 1]
+    choices = []
+    for start, *values in itertools.product(starts, *swept.values()):
+        chosen = dict(zip(swept, values, strict=True))
+        text = ",".join(f"{key}={_as_option(value)}" for key, value in chosen.items())
+        solvers = texts if not text else (f"{texts[0]}{',' if ':' in texts[0] else ':'}{text}",)
+        label = method + "".join(f", {key.replace('_', ' ')} {_as_option(chosen[key])}" for key in varied)
+        if len(starts) > 1:
+            label += f", from {start or 'its own start'}"
+        choice = SolverChoice(label, method, solvers, start, chosen)
+        for key, each in (("solver", choice.solvers), ("start", (start,) if start else ())):
+            try:
+                for one in each:
+                    parse_solver(one)
+            except (SparseswapsError, ValueError, TypeError) as error:
+                table.wrong(key, "a solver", str(error))
+        choices.append(choice)
+    return choices
+
+
+def _as_option(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _problem_set(table: CheckedTable, labels: Sequence[str]) -> ProblemSet:
+    kinds = [kind for kind in ("family", "files", "model") if kind in table.values]
+    if len(kinds) != 1:
+        table.wrong("family", "exactly one of family, files and model", " and ".join(kinds) or "none")
+    kind = kinds[0]
+    source = "\n".join(table.texts(kind))
+    if kind == "family" and source not in FAMILIES:
+        table.wrong("family", f"one of {', '.join(FAMILIES)}", repr(source))
+    cols = table.integers("cols", REQUIRED if kind == "family" else [], least=2)
+    rows = table.integer("rows", 8 if kind == "family" else 0, least=1 if kind == "family" else 0)
+    patterns, solvers = _choices(table, labels)
+    found = ProblemSet(kind, source, rows, cols, patterns, solvers)
+    if kind == "model":
+        found = ProblemSet(
+            kind, source, rows, cols, patterns, solvers,
+            calibration=table.text("calibration"),
+            samples=table.integers("samples", [128], least=1),
+            length=table.integer("length", 0, least=0),
+            held_out=table.text("held_out", ""),
+            include=table.texts("include", []),
+            exclude=table.texts("exclude", []),
+        )  # fmt: skip
+    table.finish()
+    return found
+
+
+def _model_set(table: CheckedTable, labels: Sequence[str]) -> ModelSet:
+    patterns, solvers = _choices(table, labels)
+    found = ModelSet(
+        model=table.text("model"),
+        calibration=table.texts("calibration"),
+        evaluation=table.text("evaluation"),
+        evaluation_limit=table.integer("evaluation_limit", 0, least=0),
+        samples=table.integers("samples", [128], least=1),
+        length=table.integer("length", 0, least=0),
+        mode=table.texts("mode", ["sequential"]),
+        drift=table.numbers("drift", [0.0], least=0),
+        patterns=patterns,
+        solvers=solvers,
+    )
+    for mode in found.mode:
+        if mode not in set(Mode):
+            table.wrong("mode", f"one of {', '.join(Mode)}", repr(mode))
+    for drift in found.drift:
+        if drift > 1:
+            table.wrong("drift", "shares from 0 to 1", f"{drift:g}")
+    table.finish()
+    return found
+
+
+def _choices(table: CheckedTable, labels: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Patterns and solver labels of one entry; a method's name stands for all its variants."""
+    patterns = table.texts("patterns", [])
+    _check_patterns(table, "patterns", patterns)
+    solvers = table.texts("solvers", [])
+    for label in solvers:
+        if not any(label == known or known.startswith(label + ", ") for known in labels):
+            table.wrong("solvers", f"labels of [[solver]]: {', '.join(labels)}", repr(label))
+    return patterns, solvers
+
+
+def _check_patterns(table: CheckedTable, key: str, patterns: Sequence[str]) -> None:
+    for pattern in patterns:
+        try:
+            SparsityPattern.parse(pattern, ANY_COLS)
+        except InputError as error:
+            table.wrong(key, "sparsity patterns", str(error))
