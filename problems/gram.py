@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..errors import InvalidProblemError
 
-# fp32 products of at most this many tokens are summed in float64, so rounding stays that of one chunk
-CHUNK_TOKENS = 2048
+# float32 products of at most this many tokens are summed in float64: rounding stays that of one chunk
+CHUNK_TOKENS = 512
 # A float32 Gram of many tokens is off by about 1e-6 of its diagonal; ten times that is still rounding.
 SYMMETRY_TOLERANCE = 1e-5
 # Smallest eigenvalue of corr(G) that rounding alone explains, for the same reason times sqrt(cols).

@@ -106,7 +106,7 @@ def save_masks(path: Path, masks: Mapping[str, Tensor], layers: Mapping[str, Lay
     metadata = {
         "format": FORMAT,
         "model": model,
-        "layers": json.dumps({name: asdict(facts) for name, facts in layers.items()}, sort_keys=True),
+        "layers": json.dumps({name: asdict(facts) for name, facts in layers.items()}),
     }
     save_file({name: pack_mask(mask) for name, mask in masks.items()}, path, metadata)
 

@@ -114,15 +114,8 @@ def prune_layers(
         InputError: for options that do not go together or a pattern that does not fit a layer.
         InvalidModelError: for NaN or Inf in activations, naming the layer.
     """
-    if not 0 <= drift <= 1:
-        raise InputError(f"drift strength is a share: expected 0 ≤ drift ≤ 1, found {drift:g}")
-    if drift and mode is Mode.ONE_SHOT:
-        raise InputError(
-            "drift needs the inputs of the pruned model: expected sequential mode, found one-shot"
-        )
+    check_options(blocks, pattern, mode, drift)
     layers = [layer for block in blocks for layer in block.layers]
-    for layer in layers:  # before any work is done
-        _pattern_of(layer, pattern)
     database = record or RunDatabase(None)
     with experts_one_by_one(model):
         job = _Job(
@@ -138,6 +131,23 @@ def prune_layers(
             sum(layer.weight.numel() for layer in layers),
         )
         return job.run(calibration, held_out)
+
+
+def check_options(blocks: Sequence[Block], pattern: str, mode: Mode, drift: float) -> None:
+    """Refuse options that cannot work before any work is done.
+
+    Raises:
+        InputError: for options that do not go together or a pattern that does not fit a layer.
+    """
+    if not 0 <= drift <= 1:
+        raise InputError(f"drift strength is a share: expected 0 ≤ drift ≤ 1, found {drift:g}")
+    if drift and mode is Mode.ONE_SHOT:
+        raise InputError(
+            "drift needs the inputs of the pruned model: expected sequential mode, found one-shot"
+        )
+    for block in blocks:
+        for layer in block.layers:
+            _pattern_of(layer, pattern)
 
 
 def layer_problems(

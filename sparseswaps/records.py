@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ class RunDatabase:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self._closed = False
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
         self._connection = sqlite3.connect(path or ":memory:", isolation_level=None)
@@ -143,11 +144,16 @@ class RunDatabase:
         return None if row is None else row[0]
 
     def close(self) -> None:
-        """Write everything to the one database file and let go of it."""
+        """Write everything to the one database file and let go of it; may be called again."""
+        if self._closed:
+            return
+        self._closed = True
         with closing(self._connection) as connection:
+            # while another process has the file open, its write-ahead log stays beside it
             if self.path is not None:
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                connection.execute("PRAGMA journal_mode = DELETE")
+                with suppress(sqlite3.OperationalError):
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                    connection.execute("PRAGMA journal_mode = DELETE")
 
     def __enter__(self) -> RunDatabase:
         return self

@@ -34,7 +34,7 @@ from .models import (
     max_length,
     resolve_device,
 )
-from .pipeline import Mode, Progress, Silent, prune_layers
+from .pipeline import Mode, Progress, Silent, check_options, prune_layers
 from .problems import SparsityPattern
 from .records import LayerRecord, RunDatabase
 from .solvers import OneSwap, Solver, Wanda
@@ -168,6 +168,7 @@ def prune(
         )
     _check_vocabulary(loaded, windows, eval_windows)
     blocks = find_blocks(loaded.model, include, exclude)
+    check_options(blocks, pattern, mode, drift)
     check_finite(blocks)
     layers = [layer for block in blocks for layer in block.layers]
     dense = _Dense.of(loaded, layers)

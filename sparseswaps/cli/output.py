@@ -18,7 +18,8 @@ from rich.table import Table
 
 from ..records import LayerRecord
 
-console = Console()
+# a pipe or a file has no width of its own: enough for the layer table
+console = Console(width=None if sys.stdout.isatty() else 120)
 error_console = Console(stderr=True)
 
 
@@ -47,6 +48,8 @@ class ProgressBars:
         self._show("rows", "rows", done, total)
 
     def _show(self, key: str, text: str, done: int, total: int) -> None:
+        if not self._tasks:
+            self._bars.start()
         if key not in self._tasks:
             self._tasks[key] = self._bars.add_task(text, total=total)
         self._bars.update(self._tasks[key], description=text, completed=done, total=total)
@@ -69,9 +72,13 @@ def progress_bars() -> Iterator[ProgressBars]:
     def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
         bars.console.print(f"[yellow]warning:[/] {message}", highlight=False, soft_wrap=True)
 
-    with bars, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]  # the module attribute is the documented hook
-        yield ProgressBars(bars)
+        try:
+            yield ProgressBars(bars)
+        finally:
+            if bars.live.is_started:
+                bars.stop()
 
 
 def quiet_libraries() -> None:

@@ -123,7 +123,10 @@ def prune(
             )
     except KeyboardInterrupt:
         if out is not None and out.exists():
-            error_console.print(f"[bold]interrupted[/]: finished layers are in {out}; add --resume to go on")
+            error_console.print(
+                f"[bold]interrupted[/]: finished layers are in {out}; add --resume to go on",
+                soft_wrap=True,
+            )
             raise typer.Exit(130) from None
         raise
     if json:
