@@ -1,0 +1,28 @@
+# Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check format clean
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: .venv/ready  ## prune the bundled model four ways; ends with a table and a report page
+	$(BIN)/sparseswaps demo
+
+test: .venv/ready  ## all tests, on all cores
+	$(BIN)/pytest -n auto
+
+check: .venv/ready  ## style, types and layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/ready  ## let ruff format the code
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv demo-report dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
