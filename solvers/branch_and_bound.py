@@ -1,0 +1,242 @@
+"""Branch and bound for single rows, with presolve, QCR and doubly nonnegative splits.
+
+A row goes through these stages and stops as soon as it is proven:
+
+1. an incumbent from iterated local search;
+2. the QCR split (`bounds.qcr`), reduced-cost fixing until nothing more is fixed, and a short search;
+3. rounds of the doubly nonnegative split (`bounds.dnn`) on what is left, each followed by fixing, and a
+   search with the tighter split, at first short and then until a limit.
+
+The search (`kernels.branch_and_bound`) is depth first and fixes variables by reduced costs at every node.
+Patterns: per row and any N:M, each block of a row keeping its own sum. Drift is covered.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import ClassVar, final
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from ..problems.layer import LayerProblem
+from .base import Budget, Group, Outcome, Solver, Status
+from .bounds.convex_split import ConvexSplit
+from .bounds.dnn import DnnState, iterate, restrict_state, split_of, start_state
+from .bounds.qcr import qcr_split
+from .iterated_local_search import IteratedLocalSearch
+from .presolve import Reduced, eigenvalue_fixing, reduced_cost_fixing
+from .row_program import BoolArray, RowProgram
+from .row_wise import RowResult, better, check_jobs, check_limits, row_deadline, solve_rows
+
+# Gradient entries that the search updates between two looks at the clock, about 10 ms.
+WORK_PER_SLICE = 5_000_000
+# Nodes of the search with the QCR split before the doubly nonnegative split is worth its time.
+QCR_NODES = 3000
+# Steps of the doubly nonnegative iteration and nodes of the search in each round; the last has no limit.
+DNN_ROUNDS = ((100, 10_000), (200, 50_000), (400, 400_000), (800, None))
+# Presolve is repeated while it fixes at least this share of what is left.
+WORTH_REPEATING = 0.05
+UNLIMITED = np.iinfo(np.int64).max
+
+
+@final
+@dataclass(frozen=True)
+class BranchAndBound(Solver):
+    """Prove the best mask of each row (see the module).
+
+    Args:
+        time_limit: seconds per row, None for no limit.
+        node_limit: nodes per row, None for no limit.
+        gap_limit: relative gap at which a row counts as finished.
+        incumbent: finds the first incumbent from the warm start.
+        jobs: processes that share the rows.
+
+    A row ends as ``finished`` (its gap is at most ``gap_limit``, up to rounding), ``time_limit`` or
+    ``node_limit``, in each case with its incumbent and a proven bound. Stats per row: ``nodes``, ``seconds``,
+    ``search_seconds`` (inside the tree) and ``fixed`` (variables that presolve fixed).
+    """
+
+    name: ClassVar[str] = "branch-and-bound"
+    group: ClassVar[Group] = Group.EXACT
+    requires: ClassVar[tuple[str, ...]] = ("numba",)
+
+    time_limit: float | None = None
+    node_limit: int | None = None
+    gap_limit: float = 1e-6
+    incumbent: IteratedLocalSearch = field(default_factory=IteratedLocalSearch)
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        check_limits(self.time_limit, self.node_limit, self.gap_limit)
+        check_jobs(self.jobs)
+
+    def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
+        """Solve row by row."""
+        return solve_rows(problem, init, budget, self._solve_row, self.jobs)
+
+    def _solve_row(self, program: RowProgram, start: BoolArray, deadline: float) -> RowResult:
+        deadline = row_deadline(deadline, self.time_limit)
+        found = self.incumbent.improve(program.rescaled(start), start)
+        found = better(program, found, start)
+        scaled = program.rescaled(found)
+        proof = _Proof(scaled, found, self.gap_limit, self.node_limit, deadline)
+        status = proof.run()
+        best = better(program, proof.best, found)
+        return RowResult(
+            best,
+            float(np.nextafter(max(0.0, proof.bound) * scaled.unit, 0.0)),
+            status,
+            {"nodes": proof.nodes, "search_seconds": proof.search_seconds, "fixed": proof.fixed},
+        )
+
+
+class _Proof:
+    """One row's way to a proof: the incumbent, the bound and what is fixed so far."""
+
+    def __init__(
+        self,
+        program: RowProgram,
+        incumbent: BoolArray,
+        gap_limit: float,
+        node_limit: int | None,
+        deadline: float,
+    ) -> None:
+        self.program = program
+        self.best = incumbent
+        self.upper = program.objective(incumbent)
+        self.bound = -np.inf
+        self.gap_limit = gap_limit
+        self.node_limit = UNLIMITED if node_limit is None else node_limit
+        self.deadline = deadline
+        self.reduced = Reduced.nothing(program)
+        self.state: DnnState | None = None
+        self.closed = False  # presolve alone has shown that nothing is better than the threshold
+        self.nodes = 0
+        self.search_seconds = 0.0
+        # largest rounding allowance of the splits that were used
+        self.allowance = 0.0
+
+    @property
+    def fixed(self) -> int:
+        """Variables that presolve fixed."""
+        return self.program.size - self.reduced.program.size
+
+    @property
+    def threshold(self) -> float:
+        """Selections that cost at least this much need not be found."""
+        return self.upper - max(self.gap_limit * abs(self.upper), 2 * self.allowance)
+
+    def run(self) -> Status:
+        """Go through the stages; sets ``best`` and ``bound``."""
+        while self._shrink(eigenvalue_fixing(self.reduced.program, self.threshold)):
+            continue
+        if self._search(self._qcr(), QCR_NODES):
+            return self._proven()
+        for steps, nodes in DNN_ROUNDS:
+            if stopped := self._stopped():
+                return stopped
+            if self._search(self._doubly_nonnegative(steps), UNLIMITED if nodes is None else nodes):
+                return self._proven()
+        return self._stopped() or Status.TIME_LIMIT
+
+    def _stopped(self) -> Status | None:
+        if self.nodes >= self.node_limit:
+            return Status.NODE_LIMIT
+        return Status.TIME_LIMIT if time.monotonic() >= self.deadline else None
+
+    def _proven(self) -> Status:
+        self.bound = self.threshold - self.allowance
+        return Status.FINISHED
+
+    def _qcr(self) -> ConvexSplit | None:
+        """The QCR split of what presolve leaves, None if it leaves nothing."""
+        while not self.closed:
+            split = qcr_split(self.reduced.program, deadline=self.deadline)
+            if not self._tighten(split):
+                return split
+        return None
+
+    def _doubly_nonnegative(self, steps: int) -> ConvexSplit | None:
+        """The doubly nonnegative split after ``steps`` more steps, None if fixing leaves nothing."""
+        while not self.closed:
+            program = self.reduced.program
+            self.state = iterate(program, self.state or start_state(program), steps, self.deadline)
+            split = split_of(program, self.state, self.deadline)
+            if not self._tighten(split):
+                return split
+        return None
+
+    def _tighten(self, split: ConvexSplit) -> bool:
+        """Take up the bound of ``split`` and fix by it; returns whether the program shrank."""
+        self.allowance = max(self.allowance, split.allowance)
+        _, point = split.relax()
+        lower, decided = reduced_cost_fixing(split, point, self.threshold)
+        self.bound = max(self.bound, min(lower, self.threshold - self.allowance))
+        if lower >= self.threshold:
+            self.closed = True
+            return True
+        return self._shrink(decided)
+
+    def _shrink(self, decided: npt.NDArray[np.int8]) -> bool:
+        """Fix variables if they are enough to repeat a step (a search fixes the few by itself)."""
+        if self.closed or int((decided >= 0).sum()) < max(1, WORTH_REPEATING * len(decided)):
+            return False
+        self.reduced, restriction = self.reduced.fix(decided)
+        if restriction is not None and self.state is not None:
+            self.state = restrict_state(self.state, restriction)
+        if self.reduced.infeasible:
+            self.closed = True
+        elif self.reduced.program.size == 0:
+            self._offer(self.reduced.fixed)
+            self.closed = True
+        return True
+
+    def _offer(self, candidate: BoolArray) -> None:
+        """Take a selection of the whole row as incumbent if it is better."""
+        value = self.program.objective(candidate)
+        if value < self.upper:
+            self.best, self.upper = candidate, value
+
+    def _search(self, split: ConvexSplit | None, nodes: int) -> bool:
+        """Search with ``split`` for at most ``nodes`` nodes; returns whether the tree is done."""
+        from .kernels.branch_and_bound import NODES, new_levels, open_bound, search
+
+        if split is None or self.closed:
+            return True
+        inner = split.program
+        levels = new_levels(
+            split.convex,
+            split.linear,
+            split.constant,
+            inner.starts,
+            inner.counts,
+            np.zeros(inner.size, dtype=np.bool_),
+            self.upper,
+        )
+        limit = min(nodes, self.node_limit - self.nodes)
+        began = time.perf_counter()
+        done = False
+        while not done and levels.state[NODES] < limit and time.monotonic() < self.deadline:
+            done = search(
+                split.convex,
+                split.nonnegative,
+                inner.quadratic,
+                inner.linear,
+                inner.constant,
+                levels,
+                self.gap_limit,
+                2 * self.allowance,
+                limit,
+                WORK_PER_SLICE,
+            )
+        if levels.upper[0] < self.upper:
+            self._offer(self.reduced.expand(levels.incumbent))
+        self.search_seconds += time.perf_counter() - began
+        self.nodes += int(levels.state[NODES])
+        if not done:
+            # what was fixed or pruned away costs at least the threshold
+            self.bound = max(self.bound, min(open_bound(levels), self.threshold) - self.allowance)
+        return done

@@ -1,0 +1,172 @@
+"""Run a method that knows one row on every row of a layer, in this process or over several."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..problems.layer import LayerProblem
+from .base import Budget, Outcome, Status, TracePoint
+from .row_program import BoolArray, RowProgram, row_program
+from .scores import warm_start
+
+
+@dataclass(frozen=True, eq=False)
+class RowResult:
+    """What a method claims about one row.
+
+    Attributes:
+        pruned: best selection, True where pruned (cols,).
+        bound: proven lower bound of the row's error, at its original scale.
+        status: why it stopped.
+        stats: counters, such as ``nodes``.
+    """
+
+    pruned: BoolArray
+    bound: float
+    status: Status
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+
+# Program at its original scale, start (True = pruned) and deadline on time.monotonic() to result.
+SolveRow = Callable[[RowProgram, BoolArray, float], RowResult]
+
+
+def check_jobs(jobs: int) -> None:
+    """Raise ``InputError`` unless ``jobs`` counts processes."""
+    if jobs < 1:
+        raise InputError(f"jobs counts processes: expected at least 1, found {jobs}")
+
+
+def check_limits(time_limit: float | None, node_limit: int | None, gap_limit: float) -> None:
+    """Raise ``InputError`` for limits of a row that no search can keep."""
+    if time_limit is not None and not time_limit >= 0:
+        raise InputError(f"time_limit is seconds per row: expected at least 0 or None, found {time_limit}")
+    if node_limit is not None and node_limit < 1:
+        raise InputError(f"node_limit counts nodes per row: expected at least 1 or None, found {node_limit}")
+    if not 0 <= gap_limit < 1:
+        raise InputError(f"gap_limit is a relative gap: expected 0 ≤ gap_limit < 1, found {gap_limit}")
+
+
+def row_deadline(deadline: float, time_limit: float | None) -> float:
+    """When a row that starts now must stop."""
+    return deadline if time_limit is None else min(deadline, time.monotonic() + time_limit)
+
+
+def solve_rows(
+    problem: LayerProblem, init: Tensor | None, budget: Budget, solve_row: SolveRow, jobs: int = 1
+) -> Outcome:
+    """Solve every row of ``problem`` from ``init`` or Wanda's mask.
+
+    Rows that the budget cuts off before they start keep the warm start and the bound 0. A keyboard
+    interrupt ends the call with what is there, as status ``interrupted``.
+
+    Args:
+        problem: the layer.
+        init: warm start (rows, cols) or None.
+        budget: its seconds are shared by all rows.
+        solve_row: the method; must be picklable if ``jobs`` is above 1.
+        jobs: processes; with 1 the rows run in this one.
+    """
+    check_jobs(jobs)
+    deadline = budget.deadline()
+    began = time.monotonic()
+    start = warm_start(problem, init)
+    pruned = (~start).cpu().numpy()
+    mask = start.clone()
+    objectives = problem.row_objectives(start).cpu()
+    bounds = torch.zeros(problem.rows, dtype=torch.float64)
+    statuses = [Status.TIME_LIMIT] * problem.rows
+    stats: dict[str, Tensor] = {"seconds": torch.zeros(problem.rows, dtype=torch.float64)}
+    trace = [TracePoint(0.0, float(objectives.sum()))]
+    tasks = ((row, row_program(problem, row), pruned[row]) for row in range(problem.rows))
+    done = 0
+    try:
+        for row, result, seconds in _results(tasks, solve_row, deadline, jobs):
+            chosen = torch.from_numpy(~result.pruned).to(mask.device)
+            mask[row] = chosen
+            objectives[row] = _one_row(problem, row, chosen)
+            bounds[row] = min(max(result.bound, 0.0), float(objectives[row]))
+            statuses[row] = result.status
+            stats["seconds"][row] = seconds
+            for name, value in result.stats.items():
+                stats.setdefault(name, torch.zeros(problem.rows, dtype=torch.float64))[row] = value
+            done += 1
+            elapsed = time.monotonic() - began
+            trace.append(TracePoint(elapsed, float(objectives.sum()), float(bounds.sum())))
+            budget.report(done, problem.rows)
+    except KeyboardInterrupt:
+        return Outcome(mask, Status.INTERRUPTED, bounds, statuses, trace, stats)
+    return Outcome(mask, overall(statuses), bounds, statuses, trace, stats)
+
+
+def overall(statuses: Iterable[Status]) -> Status:
+    """One status for a layer: what stopped the first row that did not finish, else the common one."""
+    found = set(statuses)
+    for status in (
+        Status.INTERRUPTED,
+        Status.MEMORY_LIMIT,
+        Status.TIME_LIMIT,
+        Status.NODE_LIMIT,
+        Status.ITERATION_LIMIT,
+        Status.LOCAL_OPTIMUM,
+    ):
+        if status in found:
+            return status
+    return Status.FINISHED
+
+
+Task = tuple[int, RowProgram, BoolArray]
+
+
+def _timed(
+    task: Task, solve_row: SolveRow, deadline: float
+) -> tuple[int, RowResult, float] | tuple[int, None, float]:
+    row, program, start = task
+    began = time.monotonic()
+    if began >= deadline:
+        return row, None, 0.0
+    result = solve_row(program, start, deadline)
+    return row, result, time.monotonic() - began
+
+
+def _timed_alone(
+    task: Task, solve_row: SolveRow, deadline: float
+) -> tuple[int, RowResult, float] | tuple[int, None, float]:
+    """``_timed`` in a worker process, where one thread per process is right."""
+    torch.set_num_threads(1)
+    return _timed(task, solve_row, deadline)
+
+
+def _results(
+    tasks: Iterable[Task], solve_row: SolveRow, deadline: float, jobs: int
+) -> Iterator[tuple[int, RowResult, float]]:
+    if jobs == 1:
+        outcomes: Iterable[tuple[int, RowResult | None, float]] = (
+            _timed(task, solve_row, deadline) for task in tasks
+        )
+    else:
+        from joblib import Parallel, delayed
+
+        # fresh interpreters (loky): safe beside threads of torch and numba, and needs no __main__ guard
+        pool = Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch="2*n_jobs")
+        outcomes = pool(delayed(_timed_alone)(task, solve_row, deadline) for task in tasks)
+    for row, result, seconds in outcomes:
+        if result is not None:
+            yield row, result, seconds
+
+
+def _one_row(problem: LayerProblem, row: int, kept: Tensor) -> float:
+    """Error of one row in float64, as the layer scores it."""
+    return float(problem.slice_rows(slice(row, row + 1)).row_objectives(kept[None])[0])
+
+
+def better(program: RowProgram, candidate: BoolArray, current: BoolArray) -> BoolArray:
+    """Whichever costs less; ``current`` on a tie, so a warm start is never given up for nothing."""
+    return candidate if program.objective(candidate) < program.objective(current) else np.asarray(current)
