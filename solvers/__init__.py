@@ -4,9 +4,11 @@ from .base import Budget, Group, Outcome, Solution, Solver, Status, TracePoint, 
 from .certificate import Certificate, certify
 from .compose import BestOf, Sequence
 from .enumeration import Enumeration
+from .greedy import Greedy
 from .one_swap import OneSwap
 from .registry import SOLVERS
 from .scores import RIA, Magnitude, Random, Wanda
+from .tabu import Tabu
 
 __all__ = [
     "RIA",
@@ -15,6 +17,7 @@ __all__ = [
     "Budget",
     "Certificate",
     "Enumeration",
+    "Greedy",
     "Group",
     "Magnitude",
     "OneSwap",
@@ -24,6 +27,7 @@ __all__ = [
     "Solution",
     "Solver",
     "Status",
+    "Tabu",
     "TracePoint",
     "Wanda",
     "certify",

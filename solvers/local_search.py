@@ -42,6 +42,8 @@ def descend_layer(
     search: str,
     budget: Budget,
     deadline: float,
+    patience: int = 0,
+    tenure: int = 1,
 ) -> Descent:
     """Descend in float32, and in float64 narrow layers and those rows that float32 cannot resolve.
 
@@ -53,6 +55,8 @@ def descend_layer(
         search: ``lazy`` or ``best``.
         budget: whom to tell about finished rows.
         deadline: when to stop, on ``time.monotonic()``.
+        patience: moves of a tabu walk without improvement after which it stops; 0 for no walk.
+        tenure: moves for which a moved weight stays.
     """
     done = 0
 
@@ -74,6 +78,8 @@ def descend_layer(
             tolerance,
             max_swaps,
             search,
+            patience,
+            tenure,
             deadline,
             problem.gram.largest_correlation,
             report,

@@ -9,11 +9,13 @@ import typing
 from ..errors import InputError
 from .base import Solver
 from .enumeration import Enumeration
+from .greedy import Greedy
 from .one_swap import OneSwap
 from .scores import RIA, Magnitude, Random, Wanda
+from .tabu import Tabu
 
 SOLVERS: dict[str, type[Solver]] = {
-    solver.name: solver for solver in (Random, Magnitude, Wanda, RIA, OneSwap, Enumeration)
+    solver.name: solver for solver in (Random, Magnitude, Wanda, RIA, OneSwap, Greedy, Tabu, Enumeration)
 }
 
 

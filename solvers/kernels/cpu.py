@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu_loops import BOUND_SLACK, Array, best_swaps_of_tile, descend_tile
+from .cpu_loops import BOUND_SLACK, Array, best_swaps_of_tile, descend_tile, prune_tile
 from .reference import BestSwaps, Descent
 
 # Rows that share one pass over R; fewer when there are few rows or when time is short.
@@ -35,6 +35,8 @@ def descend(
     tolerance: float,
     max_swaps: int | None = None,
     search: str = "lazy",
+    patience: int = 0,
+    tenure: int = 1,
     deadline: float = float("inf"),
     largest_correlation: Tensor | None = None,
     report: Callable[[int], None] | None = None,
@@ -51,6 +53,8 @@ def descend(
         tolerance: a swap must lower the row's error by this share of its starting error.
         max_swaps: the most swaps per row.
         search: ``lazy`` or ``best``.
+        patience: moves of a tabu walk without improvement after which it stops; 0 for no walk.
+        tenure: moves for which a moved weight stays, at least 1.
         deadline: rows not begun at this moment of ``time.monotonic()`` keep the warm start.
         largest_correlation: ``ρ`` (cols,); computed if not given.
         report: called with the number of rows done since the last call.
@@ -82,6 +86,8 @@ def descend(
             tolerance,
             most,
             search == "best",
+            patience,
+            tenure,
             swaps[first:last],
             converged[first:last],
             resolved[first:last],
@@ -130,6 +136,33 @@ def best_swaps(
 
     for_tiles(work, rows)
     return BestSwaps(torch.from_numpy(change), torch.from_numpy(pruned), torch.from_numpy(restored))
+
+
+def prune(
+    correlation: Tensor,
+    scaled_weight: Tensor,
+    scaled_drift: Tensor | None,
+    mask: Tensor,
+    block: int,
+    keep: int,
+    deadline: float = float("inf"),
+) -> tuple[Tensor, Tensor]:
+    """Backward greedy, see ``reference.prune``; arguments as of ``descend``."""
+    rows = len(scaled_weight)
+    R = correlation.contiguous().numpy()
+    weight = scaled_weight.contiguous().numpy()
+    has_drift = scaled_drift is not None
+    drift = np.zeros((1, 1), R.dtype) if scaled_drift is None else scaled_drift.contiguous().numpy()
+    kept = mask.clone().contiguous().numpy()
+    finished = np.zeros(rows, np.bool_)
+
+    def work(first: int, last: int) -> None:
+        part = drift[first:last] if has_drift else drift
+        prune_tile(R, weight[first:last], part, has_drift, kept[first:last], block, keep)
+        finished[first:last] = True
+
+    for_tiles(work, rows, deadline)
+    return torch.from_numpy(kept), torch.from_numpy(finished)
 
 
 def _root(correlation: Tensor, largest: Tensor | None) -> Array:

@@ -28,7 +28,7 @@ import numpy as np
 from numba import njit
 from numba.extending import intrinsic
 
-from .scaling import LARGEST_FLOAT32, NARROW_BLOCK, NOISE, REFRESHES
+from .scaling import LARGEST_FLOAT32, NARROW_BLOCK, NOISE, REFRESHES, WALKS
 
 # Without NaNs and signed zeros LLVM vectorises minima; sums keep their order, so results are repeatable.
 OPTIONS: dict[str, Any] = {
@@ -449,19 +449,24 @@ def descend_tile(
     tolerance: float,
     max_swaps: int,
     steepest: bool,
+    patience: int,
+    tenure: int,
     swaps: Array,
     converged: Array,
     resolved: Array,
     error: Array,
 ) -> None:
-    """Descend the rows of one tile; the last four arguments (rows,) are results."""
+    """Descend the rows of one tile and walk on with tabu; the last four arguments (rows,) are results."""
     rows, cols = weight.shape
     cost = np.empty((rows, cols), np.float64)
     work = np.empty((11, max(cols, LEVELS + 1)), weight.dtype)
     lists = np.empty((3, cols), np.int32)
     wanted = np.ones(rows, np.bool_)
     limit = np.empty(rows, np.float64)
-    for refresh in range(REFRESHES):
+    optimum = np.empty((rows if patience > 0 else 0, cols), np.bool_)
+    optimum_error = np.empty(rows, np.float64)
+    walks = np.zeros(rows, np.int64)
+    for refresh in range(REFRESHES + (2 * WALKS if patience > 0 else 0)):
         add_costs(R, weight, drift, has_drift, mask, wanted, cost)
         again = False
         for r in range(rows):
@@ -493,17 +498,182 @@ def descend_tile(
                 lists,
             )
             swaps[r] += made
-            if made == 0 and none_left:
-                converged[r] = True
-            if made == 0 or (swaps[r] >= max_swaps and not none_left):
-                wanted[r] = False
+            if made > 0:
+                wanted[r] = none_left or swaps[r] < max_swaps
+            elif none_left and patience > 0 and (walks[r] == 0 or row_error < optimum_error[r] - limit[r]):
+                optimum[r] = mask[r]
+                optimum_error[r] = row_error
+                walks[r] += 1
+                made, gained = walk_row(R, mask[r], block, limit[r], patience, tenure, work, optimum[r])
+                swaps[r] += made
+                wanted[r] = gained and walks[r] < WALKS
+                converged[r] = not wanted[r]
             else:
-                again = True
+                wanted[r] = False
+                converged[r] = none_left
+            if not wanted[r] and walks[r] > 0:
+                mask[r] = optimum[r]
+            again |= wanted[r]
         if not again:
             return
     for r in range(rows):
         if wanted[r]:
             resolved[r] = False
+
+
+@njit(**OPTIONS)
+def walk_row(
+    R: Array,
+    mask: Array,
+    block: int,
+    limit: float,
+    patience: int,
+    tenure: int,
+    work: Array,
+    start: Array,
+) -> tuple[int, bool]:
+    """Tabu walk from a local optimum: (moves, whether it found an error lower by more than ``limit``).
+
+    Each move is the better of the two candidates of a lazy step, improving or not; the weights of the
+    last ``tenure`` moves may not move. Their q are taken out of the state, so no minimum sees them, and
+    kept up to date beside it. The walk ends ``patience`` moves after its best mask, which is left in
+    ``mask``.
+
+    Args:
+        R: correlation (cols, cols).
+        mask: where the walk starts and, as a result, the best mask it met (cols,).
+        block: width of the pattern's blocks.
+        limit: what counts as an improvement.
+        patience: moves without improvement after which it stops.
+        tenure: moves for which a moved weight stays.
+        work: the row's state as ``descend_row`` leaves it.
+        start: a copy of ``mask`` (cols,).
+    """
+    cols = len(mask)
+    delta, kept_q, pruned_q = work[0, :cols], work[1, :cols], work[2, :cols]
+    two = delta.dtype.type(2)
+    big = big_of(delta)
+    half = big / two
+    held = np.full(2 * tenure, -1, np.int64)
+    held_q = np.empty(2 * tenure, delta.dtype)
+    best_mask = start.copy()
+    gained = False
+    level = 0.0
+    best_level = 0.0
+    moves = 0
+    last_gain = 0
+    while moves - last_gain < patience:
+        change, u, p = big, -1, -1
+        for first in range(0, cols, block):
+            if block <= NARROW_BLOCK:
+                found, found_u, found_p = all_pairs(R, delta, mask, kept_q, pruned_q, first, first + block)
+            else:
+                found, found_u, found_p = two_lines(R, delta, kept_q, pruned_q, first, first + block)
+            if found < change:
+                change, u, p = found, found_u, found_p
+        if change > half:
+            break
+        from_u, from_p = two * delta[u], two * delta[p]
+        for h in range(2 * tenure):
+            j = held[h]
+            if j >= 0:
+                held_q[h] += delta[j] * (from_u * R[u, j] + from_p * R[p, j])
+        make_swap(R, delta, mask, kept_q, pruned_q, u, p)
+        level += change
+        slot = 2 * (moves % tenure)
+        for h in range(slot, slot + 2):
+            j = held[h]
+            if j >= 0:
+                if mask[j]:
+                    kept_q[j] = held_q[h]
+                else:
+                    pruned_q[j] = held_q[h]
+        held[slot], held[slot + 1] = u, p
+        held_q[slot], held_q[slot + 1] = pruned_q[u], kept_q[p]
+        pruned_q[u] = big
+        kept_q[p] = big
+        moves += 1
+        if level < best_level - limit:
+            best_level = level
+            last_gain = moves
+            best_mask[:] = mask
+            gained = True
+    mask[:] = best_mask
+    return moves, gained
+
+
+@njit(**OPTIONS)
+def prune_tile(
+    R: Array,
+    weight: Array,
+    drift: Array,
+    has_drift: bool,
+    mask: Array,
+    block: int,
+    keep: int,
+) -> None:
+    """Prune the weight with the lowest q, again and again, until ``keep`` of each block are left.
+
+    Args:
+        R: correlation (cols, cols).
+        weight: ``y`` (rows, cols).
+        drift: scaled drift (rows, cols), used if ``has_drift``.
+        has_drift: whether there is one.
+        mask: start, at least ``keep`` kept in each block; the result (rows, cols).
+        block: width of the pattern's blocks.
+        keep: weights that each block keeps.
+    """
+    rows, cols = weight.shape
+    cost = np.empty((rows, cols), np.float64)
+    add_costs(R, weight, drift, has_drift, mask, np.ones(rows, np.bool_), cost)
+    delta = np.empty(cols, weight.dtype)
+    kept_q = np.empty(cols, weight.dtype)
+    pruned_q = np.empty(cols, weight.dtype)
+    two = delta.dtype.type(2)
+    big = big_of(delta)
+    left = np.empty(cols // block, np.int64)
+    for r in range(rows):
+        load_row(weight[r], mask[r], cost[r], delta, kept_q, pruned_q)
+        todo = 0
+        for b in range(len(left)):
+            left[b] = -keep
+            for j in range(b * block, (b + 1) * block):
+                left[b] += mask[r, j]
+            todo += left[b]
+            if left[b] == 0:
+                kept_q[b * block : (b + 1) * block] = big
+        u = argmin(kept_q, 0, cols)
+        for _ in range(todo):
+            mask[r, u] = False
+            b = u // block
+            left[b] -= 1
+            kept_q[u] = big
+            if left[b] == 0:
+                kept_q[b * block : (b + 1) * block] = big
+            u = add_line_argmin(kept_q, delta, R[u], two * delta[u])
+
+
+@njit(**OPTIONS)
+def add_line_argmin(values: Array, delta: Array, correlation: Array, factor: Any) -> int:
+    """Add ``factor δ_j R_j`` to ``values``; lowest index of the minimum of the result."""
+    cols = len(values)
+    best = big_of(values)
+    at = 0
+    for start in range(0, cols, CHUNK):
+        stop = min(start + CHUNK, cols)
+        part, step, line = values[start:stop], delta[start:stop], correlation[start:stop]
+        low = best
+        for i in range(len(part)):
+            value = part[i] + (factor * step[i]) * line[i]
+            part[i] = value
+            low = lower(value, low)
+        if low < best:
+            best = low
+            at = start
+    for j in range(at, min(at + CHUNK, cols)):
+        if values[j] == best:
+            return j
+    return at
 
 
 @njit(**OPTIONS)

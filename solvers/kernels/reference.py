@@ -13,6 +13,11 @@ Two searches, both until no swap has Δ < -limit, half the tolerated share of th
   u0 with its best partner or p0 with its best partner, whichever is lower. The best candidate of all
   blocks is taken. Only if none improves, the swap with the lowest Δ of all is taken.
 
+A tabu walk starts from the optimum that the descent reached: each move is the best lazy candidate,
+improving or not, of weights that did not move in the last ``tenure`` moves, until ``patience`` moves have
+passed since the lowest error. If that is lower by more than the limit, the row goes on from its mask
+with a descent and another walk.
+
 Ties go to the lowest (u, p). Blocks of at most ``NARROW_BLOCK`` columns have few pairs: there both
 searches are the same.
 """
@@ -26,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .scaling import NARROW_BLOCK, REFRESHES, rounding_noise
+from .scaling import NARROW_BLOCK, REFRESHES, WALKS, rounding_noise
 
 # Entries of Δ that are held at once.
 DELTA_ENTRIES = 1 << 24
@@ -74,6 +79,8 @@ def descend(
     tolerance: float,
     max_swaps: int | None = None,
     search: str = "lazy",
+    patience: int = 0,
+    tenure: int = 1,
     deadline: float = float("inf"),
     largest_correlation: Tensor | None = None,  # a bound for the faster twins
     report: Callable[[int], None] | None = None,
@@ -90,6 +97,8 @@ def descend(
         tolerance: share of the row's starting error that counts as an improvement.
         max_swaps: the most swaps per row.
         search: ``lazy`` or ``best``.
+        patience: moves of a tabu walk without improvement after which it stops; 0 for no walk.
+        tenure: moves for which a moved weight stays, at least 1.
         deadline: stop at this moment of ``time.monotonic()``.
         largest_correlation: ``ρ`` (cols,), not needed here.
         report: called with the number of rows done since the last call.
@@ -102,9 +111,13 @@ def descend(
     error = torch.full((rows,), torch.nan, dtype=torch.float64, device=mask.device)
     size = max(1, DELTA_ENTRIES // (cols * block))
     for first in range(0, rows, size):
-        active = torch.arange(first, min(first + size, rows), device=mask.device)
-        limit = torch.zeros(len(active), dtype=torch.float64, device=mask.device)
-        for refresh in range(REFRESHES):
+        last = min(first + size, rows)
+        active = torch.arange(first, last, device=mask.device)
+        limit = torch.zeros(rows, dtype=torch.float64, device=mask.device)
+        optimum = mask.clone()
+        optimum_error = torch.full_like(limit, torch.inf)
+        walks = torch.zeros_like(swaps)
+        for refresh in range(REFRESHES + (2 * WALKS if patience else 0)):
             if time.monotonic() >= deadline or not len(active):
                 break
             drift = None if scaled_drift is None else scaled_drift[active]
@@ -112,22 +125,41 @@ def descend(
             if refresh == 0:
                 start = state.error() + (0 if constant is None else constant[active].double())
                 error[active] = start.clamp_min(0)
-                limit = tolerance * error[active] / 2
+                limit[active] = tolerance * error[active] / 2
             noise = rounding_noise(scaled_weight[active], drift, mask[active])
             if scaled_weight.dtype == torch.float32:
-                hopeless = noise > limit
+                hopeless = noise > limit[active]
                 resolved[active[hopeless]] = False
                 state.keep(~hopeless)
-                active, limit = active[~hopeless], limit[~hopeless]
+                active = active[~hopeless]
             else:
-                limit = torch.maximum(limit, noise)
-            again, calm = _descend_batch(state, active, mask, swaps, limit, max_swaps, search, deadline)
+                limit[active] = torch.maximum(limit[active], noise)
+            fresh_error = state.error()
+            again, calm = _descend_batch(
+                state, active, mask, swaps, limit[active], max_swaps, search, deadline
+            )
+            if patience:
+                lower = fresh_error < optimum_error[active] - limit[active]
+                ready = calm & lower & (walks[active] < WALKS)
+                walkers = active[ready]
+                optimum[walkers], optimum_error[walkers] = mask[walkers], fresh_error[ready]
+                walks[walkers] += 1
+                drift = None if scaled_drift is None else scaled_drift[walkers]
+                walk = _Rows(correlation, scaled_weight[walkers], drift, mask[walkers], block)
+                found, moves, gained = _walk_batch(walk, limit[walkers], patience, tenure)
+                swaps[walkers] += moves
+                gained &= walks[walkers] < WALKS
+                again[ready] = gained
+                calm[ready] = ~gained
+                mask[walkers[gained]] = found[gained]
+                settled = active[calm]
+                mask[settled] = torch.where(walks[settled, None] > 0, optimum[settled], mask[settled])
             converged[active[calm]] = True
-            active, limit = active[again], limit[again]
+            active = active[again]
         else:
             resolved[active] = False
         if report is not None:
-            report(min(first + size, rows) - first)
+            report(last - first)
     return Descent(mask, swaps, converged, resolved, error)
 
 
@@ -181,11 +213,87 @@ def _descend_batch(
     return none_left & (made > 0), none_left & (made == 0)
 
 
+def _walk_batch(state: _Rows, limit: Tensor, patience: int, tenure: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tabu walks of some rows: (best masks, moves, whether they gained more than ``limit``)."""
+    rows = len(state.mask)
+    found = state.mask.clone()
+    moves = torch.zeros(rows, dtype=torch.int64, device=found.device)
+    gained = torch.zeros(rows, dtype=torch.bool, device=found.device)
+    level = torch.zeros(rows, dtype=torch.float64, device=found.device)
+    best_level = level.clone()
+    last_gain = moves.clone()
+    moved = torch.full(found.shape, -tenure - 1, dtype=torch.int64, device=found.device)
+    where = torch.arange(rows, device=found.device)
+    while len(where):
+        free = moves[where, None] - moved > tenure
+        change, pruned, restored = state.candidate(state.mask & free, ~state.mask & free)
+        going = torch.isfinite(change)
+        state.keep(going)
+        where, moved = where[going], moved[going]
+        state.swap(pruned[going], restored[going])
+        level[where] += change[going].double()
+        index = torch.arange(len(where), device=found.device)
+        moved[index, pruned[going]] = moves[where]
+        moved[index, restored[going]] = moves[where]
+        moves[where] += 1
+        better = level[where] < best_level[where] - limit[where]
+        record = where[better]
+        best_level[record], last_gain[record] = level[record], moves[record]
+        found[record], gained[record] = state.mask[better], True
+        going = moves[where] - last_gain[where] < patience
+        state.keep(going)
+        where, moved = where[going], moved[going]
+    return found, moves, gained
+
+
+def prune(
+    correlation: Tensor,
+    scaled_weight: Tensor,
+    scaled_drift: Tensor | None,
+    mask: Tensor,
+    block: int,
+    keep: int,
+    deadline: float = float("inf"),
+) -> tuple[Tensor, Tensor]:
+    """Backward greedy: prune the weight with the lowest q until each block keeps ``keep``.
+
+    Args:
+        correlation: ``R`` (cols, cols).
+        scaled_weight: ``y`` (rows, cols).
+        scaled_drift: ``h/√diag(G)`` (rows, cols) or None.
+        mask: start (rows, cols), bool; each row keeps the same number, each block at least ``keep``.
+        block: width of the pattern's blocks.
+        keep: weights that each block keeps.
+        deadline: rows not finished at this moment of ``time.monotonic()`` are not done.
+
+    Returns:
+        Masks (rows, cols) and whether each row is finished (rows,).
+    """
+    rows, cols = scaled_weight.shape
+    state = _Rows(correlation, scaled_weight, scaled_drift, mask, block)
+    row = torch.arange(rows, device=mask.device)
+    todo = int(mask[0].sum()) - keep * (cols // block)
+    for _ in range(todo):
+        if time.monotonic() >= deadline:
+            break
+        q = state.delta * state.delta + 2 * state.delta * state.cost
+        full = state.mask.view(rows, -1, block).sum(2) <= keep
+        closed = full[..., None].expand(-1, -1, block).reshape(rows, cols)
+        pruned = _first_argmin(q.masked_fill(closed | ~state.mask, torch.inf))
+        state.cost = state.cost + state.delta[row, pruned, None] * correlation[pruned]
+        state.delta[row, pruned] *= -1
+        state.mask[row, pruned] = False
+    finished = state.mask.sum(1) == keep * (cols // block)
+    return state.mask, finished
+
+
 class _Rows:
     """State of some rows: ``δ``, ``c`` (rows, cols) and their masks."""
 
     def __init__(self, correlation: Tensor, weight: Tensor, drift: Tensor | None, mask: Tensor, block: int):
         self.correlation = correlation
+        cols = len(correlation)
+        self.inside = torch.stack([correlation[i : i + block, i : i + block] for i in range(0, cols, block)])
         self.mask = mask.clone()
         self.block = block
         self.delta = torch.where(mask, weight, -weight)
@@ -204,28 +312,58 @@ class _Rows:
 
     def best_swap(self, limit: Tensor, search: str) -> tuple[Tensor, Tensor, Tensor]:
         """(Δ, u, p) of the swap that the search chooses in each row."""
-        rows, cols = self.delta.shape
-        shape = (rows, cols // self.block, self.block)
-        q = (self.delta * self.delta + 2 * self.delta * self.cost).view(shape)
-        inside = torch.stack(
-            [self.correlation[i : i + self.block, i : i + self.block] for i in range(0, cols, self.block)]
+        if search == "best" or self.block <= NARROW_BLOCK:
+            return self._best_of_pairs(self.mask, ~self.mask)
+        change, pruned, restored = self.candidate(self.mask, ~self.mask)
+        stuck = (change >= -limit).nonzero().squeeze(1)
+        if len(stuck):
+            chosen = _Rows.__new__(_Rows)
+            chosen.__dict__.update(self.__dict__)
+            chosen.keep(stuck)
+            best = chosen._best_of_pairs(chosen.mask, ~chosen.mask)
+            change[stuck], pruned[stuck], restored[stuck] = best
+        return change, pruned, restored
+
+    def candidate(self, kept: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(Δ, u, p) of the best lazy candidate among the given ``kept`` and ``pruned`` (rows, cols)."""
+        if self.block <= NARROW_BLOCK:
+            return self._best_of_pairs(kept, pruned)
+        q, step, inside, shape = self._blocks()
+        kept_q = q.masked_fill(~kept.view(shape), torch.inf)
+        pruned_q = q.masked_fill(~pruned.view(shape), torch.inf)
+        number = torch.arange(shape[1], device=q.device)
+        u0, p0 = _first_argmin(kept_q)[..., None], _first_argmin(pruned_q)[..., None]
+        of_u0 = kept_q.gather(2, u0) + pruned_q + 2 * step.gather(2, u0) * step * inside[number, u0[..., 0]]
+        of_p0 = pruned_q.gather(2, p0) + kept_q + 2 * step.gather(2, p0) * step * inside[number, p0[..., 0]]
+        partner, other = _first_argmin(of_u0)[..., None], _first_argmin(of_p0)[..., None]
+        change, other_change = of_u0.gather(2, partner), of_p0.gather(2, other)
+        swapped = other_change < change
+        change = torch.where(swapped, other_change, change)[..., 0]
+        u, p = torch.where(swapped, other, u0)[..., 0], torch.where(swapped, p0, partner)[..., 0]
+        best = _first_argmin(change)[:, None]
+        start = best[:, 0] * self.block
+        return (
+            change.gather(1, best)[:, 0],
+            start + u.gather(1, best)[:, 0],
+            start + p.gather(1, best)[:, 0],
         )
-        step, kept = self.delta.view(shape), self.mask.view(shape)
+
+    def _best_of_pairs(self, kept: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, step, inside, shape = self._blocks()
         change = q[..., :, None] + q[..., None, :] + 2 * step[..., :, None] * step[..., None, :] * inside
-        change.masked_fill_(~(kept[..., :, None] & ~kept[..., None, :]), torch.inf)
+        change.masked_fill_(~(kept.view(shape)[..., :, None] & pruned.view(shape)[..., None, :]), torch.inf)
         every = change.flatten(1)
-        if search == "lazy" and self.block > NARROW_BLOCK:
-            u0 = _first_argmin(q.masked_fill(~kept, torch.inf))
-            p0 = _first_argmin(q.masked_fill(kept, torch.inf))
-            index = torch.arange(self.block, device=q.device)
-            on_line = (index[:, None] == u0[..., None, None]) | (index == p0[..., None, None])
-            candidates = change.masked_fill(~on_line, torch.inf).flatten(1)
-            stuck = candidates.amin(1) >= -limit
-            every = torch.where(stuck[:, None], every, candidates)
         pair = _first_argmin(every)
         start = pair // self.block**2 * self.block
-        pruned, restored = start + pair // self.block % self.block, start + pair % self.block
-        return every.gather(1, pair[:, None]).squeeze(1), pruned, restored
+        u, p = start + pair // self.block % self.block, start + pair % self.block
+        return every.gather(1, pair[:, None]).squeeze(1), u, p
+
+    def _blocks(self) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int]]:
+        """``q`` and ``δ`` (rows, blocks, block), ``R`` inside the blocks, and that shape."""
+        rows, cols = self.delta.shape
+        shape = (rows, cols // self.block, self.block)
+        q = self.delta * self.delta + 2 * self.delta * self.cost
+        return q.view(shape), self.delta.view(shape), self.inside, shape
 
     def swap(self, pruned: Tensor, restored: Tensor) -> None:
         """Prune and restore one weight in every row."""
