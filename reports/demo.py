@@ -226,7 +226,12 @@ def error_against_perplexity(methods: Sequence[DemoMethod]) -> Figure:
     )
 
 
-def layer_error_map(labels: Sequence[str], layers: Sequence[DemoLayer]) -> Figure:
+def layer_error_map(
+    labels: Sequence[str],
+    layers: Sequence[DemoLayer],
+    name: str = "layer-errors",
+    title: str = "Layer error over depth and layer type",
+) -> Figure:
     """Layer errors over depth and type, one panel per method, one colour scale."""
     order = {label: index for index, label in enumerate(labels)}
     rows = tuple(
@@ -270,8 +275,8 @@ def layer_error_map(labels: Sequence[str], layers: Sequence[DemoLayer]) -> Figur
             bar.set_label("relative layer error")
 
     return Figure(
-        "layer-errors",
-        "Layer error over depth and layer type",
+        name,
+        title,
         "Relative error of every layer, first block at the left; darker is a smaller error, and all panels "
         "share one logarithmic scale.",
         (
