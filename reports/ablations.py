@@ -11,7 +11,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import PercentFormatter
 
 from ..study_records import ModelRecord, UnitRecord
-from .axes import legend_below, numbers, plain_log, series
+from .axes import gap_scale, legend_below, numbers, plain_log, series
 from .figures import Figure
 from .page import Section
 from .palette import style
@@ -139,9 +139,7 @@ def _convergence_figure(rows: tuple[Row, ...]) -> Figure:
             y = [100 * value for value in numbers(points, 4)]
             axes.plot(x, y, look.mark + look.line, color=look.colour, label=label)
         axes.set_xticks(range(len(ticks)), ticks)
-        axes.set_yscale("symlog", linthresh=0.1)
-        axes.set_ylim(bottom=0)
-        axes.set_yticks([0, 0.1, 1, 10, 100], ["0%", "0.1%", "1%", "10%", "100%"])
+        gap_scale(axes, "y", max([*numbers(rows, 4), 0.0]))
         axes.set(xlabel="swaps allowed per row (T)", ylabel="error above the converged one")
         legend_below(canvas, axes, 2)
 
@@ -240,9 +238,7 @@ def _warm_start_figure(rows: tuple[Row, ...]) -> Figure:
             axes.plot(after, y, look.mark, color=look.colour, label=f"after {method}")
         axes.set_yticks(range(len(starts)), starts)
         axes.set_ylim(len(starts) - 0.5, -0.5)
-        axes.set_xscale("symlog", linthresh=0.1)
-        axes.set_xlim(0, 110)
-        axes.set_xticks([0, 0.1, 1, 10, 100], ["0%", "0.1%", "1%", "10%", "100%"])
+        gap_scale(axes, "x")
         axes.set_xlabel("mean gap to the best known mask")
         legend_below(canvas, axes, 2)
 
@@ -299,7 +295,9 @@ def calibration_section(data: StudyData) -> Section | None:
         ),
         tuple(rows),
     )
-    return Section("Calibration and held-out error", (), (table, _calibration_figure(tuple(rows))))
+    varied = len({row[1] for row in rows}) > 1 or len({row[2] for row in rows}) > 1
+    figures = (_calibration_figure(tuple(rows)),) if varied else ()
+    return Section("Calibration and held-out error", (), (table, *figures))
 
 
 def _calibration_figure(rows: tuple[Row, ...]) -> Figure:
@@ -319,8 +317,7 @@ def _calibration_figure(rows: tuple[Row, ...]) -> Figure:
             axes.set_xscale("log", base=2)
             axes.set_xticks(sizes, [str(size) for size in sizes])
             axes.margins(x=0.15)
-            axes.set_yscale("log")
-            plain_log(axes.yaxis, percent=True)
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
             axes.set_title(f"calibrated on {text}", loc="left")
             axes.set_xlabel("calibration windows")
         panels[0].set_ylabel("mean relative layer error")

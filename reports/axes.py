@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from .palette import INK
 from .tables import Row
 
 
@@ -43,6 +43,22 @@ def plain_log(axis: Axis, percent: bool = False) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%" if percent else f"{value:g}"))
 
 
-def empty(axes: Axes, text: str) -> None:
-    """Say in the middle of an empty plot why it is empty."""
-    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=INK)
+GAP_TICKS = (0.0, 0.1, 1.0, 10.0, 100.0)
+
+
+def gap_scale(axes: Axes, direction: Literal["x", "y"], largest: float = 1.0) -> None:
+    """An axis for gaps in percent: linear up to 0.1%, then logarithmic, up to the decade of ``largest``.
+
+    Zero lies a little inside, so that marks on it are whole.
+    """
+    top = next((tick for tick in GAP_TICKS if tick >= max(100 * largest, 1.0)), 100.0)
+    ticks = [tick for tick in GAP_TICKS if tick <= top]
+    labels = [f"{tick:g}%" for tick in ticks]
+    if direction == "x":
+        axes.set_xscale("symlog", linthresh=GAP_TICKS[1])
+        axes.set_xlim(-0.008, top)
+        axes.set_xticks(ticks, labels)
+    else:
+        axes.set_yscale("symlog", linthresh=GAP_TICKS[1])
+        axes.set_ylim(-0.008, top)
+        axes.set_yticks(ticks, labels)

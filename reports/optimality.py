@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import NullLocator, PercentFormatter
 
-from .axes import legend_below, numbers, series
+from .axes import gap_scale, legend_below, numbers, series
 from .figures import Figure
 from .page import Section
 from .palette import style
@@ -113,9 +113,7 @@ def gap_distribution(data: StudyData) -> Figure:
         axes.set_yticks(range(len(rows)), [str(row[0]) for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
-        axes.set_xscale("symlog", linthresh=0.1)
-        axes.set_xlim(left=0)
-        axes.set_xticks(*_percent_ticks(max([*numbers(rows, 5), 0.001])))
+        gap_scale(axes, "x", max([*numbers(rows, 5), 0.0]))
         axes.set_xlabel("gap to the proven optimum")
 
     return Figure(
@@ -128,12 +126,6 @@ def gap_distribution(data: StudyData) -> Figure:
         draw,
         (7.2, 1.4 + 0.36 * max(len(rows), 3)),
     )
-
-
-def _percent_ticks(largest: float) -> tuple[list[float], list[str]]:
-    """Ticks in percent for a scale that is linear up to 0.1."""
-    ticks = [tick for tick in (0.0, 0.1, 1.0, 10.0, 100.0) if tick <= max(1.0, 1000 * largest)]
-    return ticks, [f"{tick:g}%" for tick in ticks]
 
 
 def gap_ecdf(data: StudyData) -> Figure:
@@ -154,12 +146,8 @@ def gap_ecdf(data: StudyData) -> Figure:
         for index, (label, points) in enumerate(series(rows).items()):
             look = style(index)
             x, y = [100 * value for value in numbers(points, 1)], numbers(points, 2)
-            axes.step(
-                [0.0, *x, 1000.0], [0.0, *y, 1.0], look.line, where="post", color=look.colour, label=label
-            )
-        axes.set_xscale("symlog", linthresh=0.1)
-        axes.set_xlim(0, 100)
-        axes.set_xticks(*_percent_ticks(1.0))
+            axes.step([*x, 1000.0], [*y, 1.0], look.line, where="post", color=look.colour, label=label)
+        gap_scale(axes, "x")
         axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set(xlabel="gap to the proven optimum", ylabel="share of rows")
@@ -234,6 +222,8 @@ def gap_by_pattern(data: StudyData) -> Figure | None:
         shown = tuple((row[0], names.index(str(row[1])), *row[2:]) for row in rows)
         _lines(canvas, shown, joined=False)
         axes.set_xticks(range(len(names)), names)
+        axes.set_xlim(-0.6, len(names) - 0.4)
+        axes.grid(visible=False, axis="x")
         axes.set_xlabel("pattern (pruned share, or kept N:M)")
 
     return Figure(
@@ -258,16 +248,14 @@ def _lines(canvas: Canvas, rows: tuple[Row, ...], joined: bool = True) -> None:
     groups = series(rows)
     for index, (label, points) in enumerate(groups.items()):
         look = style(index)
-        spread = 0.0 if joined else (index - (len(groups) - 1) / 2) * 0.7 / max(len(groups), 1)
+        spread = 0.0 if joined else (index - (len(groups) - 1) / 2) * 0.5 / max(len(groups), 1)
         x = [value + spread for value in numbers(points, 1)]
         mean, low, high = (np.array(numbers(points, column)) * 100 for column in (2, 3, 4))
         axes.errorbar(
             x, mean, yerr=[mean - low, high - mean], fmt=look.mark, linestyle=look.line if joined else "none",
             color=look.colour, label=label, capsize=2, elinewidth=1,
         )  # fmt: skip
-    axes.set_yscale("symlog", linthresh=0.1)
-    axes.set_ylim(bottom=0)
-    axes.set_yticks(*_percent_ticks(max([*numbers(rows, 4), 0.001])))
+    gap_scale(axes, "y", max([*numbers(rows, 4), 0.0]))
     axes.set_ylabel("mean gap to the proven optimum")
     legend_below(canvas, axes)
 
@@ -365,9 +353,8 @@ def _certified_figure(rows: tuple[Row, ...]) -> Figure:
             axes.set_xticks(sizes, [f"{size:g}" for size in sizes], rotation=60 if len(sizes) > 6 else 0)
             axes.set_title(title, loc="left")
             axes.set_xlabel("weights in a row")
-        panels[0].set_yscale("symlog", linthresh=0.1)
-        panels[0].set_ylim(bottom=0)
-        panels[0].set_yticks(*_percent_ticks(1.0))
+        for axes in panels:
+            gap_scale(axes, "y")
         panels[0].set_ylabel("mean gap")
         legend_below(canvas, panels[0])
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import PercentFormatter
 
-from .axes import legend_below, numbers, series
+from .axes import gap_scale, legend_below, numbers, series
 from .figures import Figure
 from .page import Section
 from .palette import style
@@ -87,7 +87,7 @@ def solve_table(data: StudyData) -> Table:
             Column("solver"),
             Column("rows"),
             Column("solved", ".1%", "max"),
-            Column("geometric mean (s)", ".4f", "min"),
+            Column("geometric mean (s)", ".3g", "min"),
             Column("limit (s)", ".3g"),
             Column("PAR10 (s)", ".4g", "min"),
             Column("primal integral (s)", ".4g", "min"),
@@ -134,9 +134,7 @@ def gap_against_time(data: StudyData) -> Figure:
                 color=look.colour, markersize=9, label=str(row[0]), clip_on=False,
             )  # fmt: skip
         axes.set_xscale("log")
-        axes.set_yscale("symlog", linthresh=0.1)
-        axes.set_ylim(bottom=0)
-        axes.set_yticks([0, 0.1, 1, 10, 100], ["0%", "0.1%", "1%", "10%", "100%"])
+        gap_scale(axes, "y", max([*numbers(rows, 2), 0.0]))
         axes.margins(x=0.1)
         axes.set(xlabel="mean seconds per row", ylabel="mean gap to the reference")
         legend_below(canvas, axes)
@@ -251,9 +249,8 @@ def gap_over_time(data: StudyData) -> Figure | None:
             axes.set_xscale("log")
             axes.set_title(title, loc="left")
             axes.set_xlabel("seconds")
-        panels[0].set_yscale("symlog", linthresh=0.1)
-        panels[0].set_ylim(0, 110)
-        panels[0].set_yticks([0, 0.1, 1, 10, 100], ["0%", "0.1%", "1%", "10%", "100%"])
+        for axes in panels:
+            gap_scale(axes, "y")
         panels[0].set_ylabel("mean gap of the layer")
         legend_below(canvas, panels[0])
 

@@ -20,7 +20,7 @@ from ..run import PruneReport, peak_memory_mb, prune, versions
 from ..solvers import Budget, Solution, solve
 from ..solvers.registry import parse_solver
 from ..study_records import ModelRecord, RowRecord, TraceRecord, UnitRecord, UnitResult
-from .problems import BuiltProblem, build_problem, resolve_model, resolve_path, short_name
+from .problems import BuiltProblem, build_problem, resolve_model, resolve_path
 from .schema import SolverChoice
 
 Blank = TypeVar("Blank", UnitRecord, ModelRecord)
@@ -77,11 +77,10 @@ def failed(
     if spec["kind"] == "model":
         names |= {name: spec[name] for name in ("mode", "drift", "samples", "length")}
         texts = {name: _text_name(spec[name]) for name in ("calibration", "evaluation")}
-        model = short_name(spec["model"])
-        return UnitResult(model=_blank(ModelRecord, names | texts | {"model": model}))
+        return UnitResult(model=_blank(ModelRecord, names | texts | {"model": spec["name"]}))
     problem = spec["problem"]
     names |= {
-        "source": short_name(problem["source"]),
+        "source": problem["name"],
         "calibration": _text_name(problem.get("calibration", "")),
         "samples": problem.get("samples", 0),
         "layer": problem.get("layer", ""),
@@ -215,7 +214,7 @@ def _model_record(
         solver=report.solver,
         group=group,
         seed=spec["seed"],
-        model=short_name(spec["model"]),
+        model=spec["name"],
         pattern=spec["pattern"],
         sparsity=report.sparsity,
         mode=spec["mode"],

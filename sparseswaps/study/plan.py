@@ -114,7 +114,7 @@ def _layer_specs(study: Study, problems: ProblemSet) -> Iterable[dict[str, Any]]
 
 
 def _problem_specs(study: Study, problems: ProblemSet) -> list[dict[str, Any]]:
-    base = {"kind": problems.kind, "rows": problems.rows}
+    base = {"kind": problems.kind, "name": problems.name, "rows": problems.rows}
     if problems.kind == "family":
         return [{**base, "source": problems.source, "cols": cols} for cols in problems.cols]
     widths = problems.cols or (0,)
@@ -156,6 +156,7 @@ def _model_specs(study: Study, models: ModelSet) -> Iterable[dict[str, Any]]:
         yield {
             "kind": "model",
             "model": models.model,
+            "name": models.name,
             "pattern": pattern,
             "calibration": calibration,
             "evaluation": models.evaluation,
@@ -196,10 +197,7 @@ def estimate_cost(
 def plan_summary(units: Iterable[PlannedUnit]) -> list[tuple[str, str, int]]:
     """Units by source and solver label: (source, label, units), in order of first appearance."""
     counts = Counter(
-        (
-            str(unit.spec["model"] if unit.spec["kind"] == "model" else unit.spec["problem"]["source"]),
-            unit.label,
-        )
+        (str((unit.spec if unit.spec["kind"] == "model" else unit.spec["problem"])["name"]), unit.label)
         for unit in units
     )
     return [(source, label, count) for (source, label), count in counts.items()]

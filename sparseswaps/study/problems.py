@@ -90,14 +90,6 @@ def resolve_path(text: str, folder: Path) -> str:
     return str(path) if text and path.exists() else text
 
 
-def short_name(model: str) -> str:
-    """What tables call a model: the last telling part of its path."""
-    parts = [
-        part for part in model.removeprefix("package:").split("/") if part not in ("", ".", "..", "model")
-    ]
-    return parts[-1] if parts else model
-
-
 def resolve_files(patterns: Sequence[str], folder: Path) -> list[str]:
     """Instance files that match shell patterns, relative to ``folder``, sorted.
 
@@ -199,11 +191,11 @@ def build_problem(
     if problem["kind"] == "family":
         full = synthetic_layer(problem["source"], problem["rows"], problem["cols"], pattern, seed)
         rows, columns = np.arange(full.rows), slice(0, full.cols)
-        layer, source = f"{full.rows} × {full.cols}", problem["source"]
+        layer = f"{full.rows} × {full.cols}"
     else:
         if problem["kind"] == "files":
             full = load_instance(folder / problem["source"])
-            layer, source = full.name or Path(problem["source"]).stem, Path(problem["source"]).name
+            layer = full.name or Path(problem["source"]).stem
         else:
             path = instance_file(cache, problem, seed, held_out=False)
             if not path.exists():
@@ -211,7 +203,7 @@ def build_problem(
                     f"layer {problem['layer']}: expected tokens that reach it, found no instance {path.name}"
                 )
             full = load_instance(path)
-            layer, source = full.name, short_name(problem["source"])
+            layer = full.name
             kind = next(part for part in reversed(layer.split(".")) if not part.isdigit())
             block = next((int(part) for part in layer.split(".") if part.isdigit()), -1)
             other = instance_file(cache, problem, seed, held_out=True)
@@ -222,7 +214,7 @@ def build_problem(
         chosen,
         None if held_out is None else sub_problem(held_out, rows, columns, pattern),
         _identity(chosen),
-        source,
+        problem["name"],
         layer,
         block,
         kind,

@@ -35,7 +35,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class ProblemSet:
 
     Attributes:
         kind: ``family``, ``files`` or ``model``.
-        source: family, file patterns joined by a line break, or model.
+        source: family, file patterns joined by a line break, or model; name: of it in tables.
         rows: rows of a synthetic layer, or sampled from each layer; 0 is all.
         cols: widths; for layers of files and models, of sub-blocks; empty is the whole width.
         calibration, samples, length, held_out, include, exclude: of a model.
@@ -90,6 +90,7 @@ class ProblemSet:
 
     kind: str
     source: str
+    name: str
     rows: int
     cols: tuple[int, ...]
     patterns: tuple[str, ...]
@@ -107,13 +108,15 @@ class ModelSet:
     """Whole models to prune and measure.
 
     Attributes:
-        model: directory, hub name, ``demo``, or ``package:NAME/FOLDER`` inside an installed package.
+        model: directory, hub name, ``demo``, or ``package:NAME/FOLDER`` inside an installed package;
+            name: of it in tables.
         calibration, samples, length, mode, drift, patterns: each listed value is tried.
         evaluation: text of the evaluation; evaluation_limit: its most windows, 0 for all.
         solvers: labels; empty for all.
     """
 
     model: str
+    name: str
     calibration: tuple[str, ...]
     evaluation: str
     evaluation_limit: int
@@ -150,6 +153,12 @@ class Study:
     problems: tuple[ProblemSet, ...]
     solvers: tuple[SolverChoice, ...]
     models: tuple[ModelSet, ...]
+
+
+def short_name(model: str) -> str:
+    """What tables call a model or file that has no name of its own: the last telling part of its path."""
+    parts = [part for part in model.split("/") if part not in ("", ".", "..", "model")]
+    return parts[-1].removeprefix("package:") if parts else model
 
 
 def load_study(path: str | os.PathLike[str]) -> Study:
@@ -260,25 +269,28 @@ def _problem_set(table: CheckedTable, labels: Sequence[str]) -> ProblemSet:
     cols = table.integers("cols", REQUIRED if kind == "family" else [], least=2)
     rows = table.integer("rows", 8 if kind == "family" else 0, least=1 if kind == "family" else 0)
     patterns, solvers = _choices(table, labels)
-    found = ProblemSet(kind, source, rows, cols, patterns, solvers)
+    name = table.text("name", "")
+    found = ProblemSet(kind, source, name or short_name(source), rows, cols, patterns, solvers)
     if kind == "model":
-        found = ProblemSet(
-            kind, source, rows, cols, patterns, solvers,
+        found = replace(
+            found,
             calibration=table.text("calibration"),
             samples=table.integers("samples", [128], least=1),
             length=table.integer("length", 0, least=0),
             held_out=table.text("held_out", ""),
             include=table.texts("include", []),
             exclude=table.texts("exclude", []),
-        )  # fmt: skip
+        )
     table.finish()
     return found
 
 
 def _model_set(table: CheckedTable, labels: Sequence[str]) -> ModelSet:
     patterns, solvers = _choices(table, labels)
+    model = table.text("model")
     found = ModelSet(
-        model=table.text("model"),
+        model=model,
+        name=table.text("name", short_name(model)),
         calibration=table.texts("calibration"),
         evaluation=table.text("evaluation"),
         evaluation_limit=table.integer("evaluation_limit", 0, least=0),
