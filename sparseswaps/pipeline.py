@@ -356,6 +356,7 @@ class _Job:
             sparsity=1 - float(mask.double().mean()),
             tokens=sums.tokens,
             dead_channels=int(problem.gram.dead.sum()),
+            output_norm=norm,
             error_start=_share(plain.objective(warm.mask), norm),
             error=_share(plain.objective(solution.mask), norm),
             objective_start=_share(warm.objective, norm),

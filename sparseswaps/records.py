@@ -32,6 +32,7 @@ class LayerRecord:
         name: layer name; block: index of its block; kind: type inside the block.
         rows, cols: shape of the weight; pattern: ``keep:block``; sparsity: achieved pruned share.
         tokens: calibration tokens that reached the layer; dead_channels: inputs that are always 0.
+        output_norm: ``‖W X̂‖_F²`` on the calibration tokens, what errors are relative to.
         error_start, error: relative layer error of the warm start and of the result.
         objective_start, objective: relative objective of the warm start and of the result.
         held_out_error_start, held_out_error: the error on held-out text, None without any.
@@ -49,6 +50,7 @@ class LayerRecord:
     sparsity: float
     tokens: int
     dead_channels: int
+    output_norm: float
     error_start: float
     error: float
     objective_start: float
