@@ -22,13 +22,13 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ..problems.layer import LayerProblem
+from ..problems.row_program import BoolArray, RowProgram
 from .base import Budget, Group, Outcome, Solver, Status
 from .bounds.convex_split import ConvexSplit
 from .bounds.dnn import DnnState, iterate, restrict_state, split_of, start_state
 from .bounds.qcr import qcr_split
 from .iterated_local_search import IteratedLocalSearch
 from .presolve import Reduced, eigenvalue_fixing, reduced_cost_fixing
-from .row_program import BoolArray, RowProgram
 from .row_wise import RowResult, better, check_jobs, check_limits, row_deadline, solve_rows
 
 # Gradient entries that the search updates between two looks at the clock, about 10 ms.

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..problems.layer import LayerProblem
+from ..problems.row_program import BoolArray, RowProgram
 from .base import Budget, Group, Outcome, Solver, Status
-from .row_program import BoolArray, RowProgram
 from .row_wise import RowResult, better, solve_rows
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..problems.layer import LayerProblem
+from ..problems.row_program import BoolArray, RowProgram, row_program
 from .base import Budget, Outcome, Status, TracePoint
-from .row_program import BoolArray, RowProgram, row_program
 from .scores import warm_start
 
 

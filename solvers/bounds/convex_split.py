@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
-from ..row_program import FloatArray, RowProgram
+from ...problems.row_program import FloatArray, RowProgram
 
 # Rounding of a float64 sum of n terms is at most n ε of their magnitude; products of such sums and the
 # incremental updates of a search stay within this multiple of it.

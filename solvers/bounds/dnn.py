@@ -23,7 +23,7 @@ from typing import ClassVar, final
 import numpy as np
 import scipy.linalg
 
-from ..row_program import FloatArray, Restriction, RowProgram
+from ...problems.row_program import FloatArray, Restriction, RowProgram
 from .convex_split import ConvexSplit, split_with
 from .qcr import qcr_diagonal
 from .row_tier import RowTier

@@ -49,6 +49,7 @@ def max_trace_diagonal(
     slack = M - torch.diag(D)
     factor = _cholesky(slack)
     barrier = float((slack * X).sum()) / (2 * n)
+    primal, dual = 1.0, 1.0
     for _ in range(iterations):
         gap = float((M * X).sum()) - float(c @ D)
         if factor is None or gap * float(total) < tolerance or time.monotonic() > deadline:
@@ -59,8 +60,8 @@ def max_trace_diagonal(
             break
         change = barrier * inverse - X - (inverse * direction[None, :]) @ X
         change = (change + change.T) / 2
-        primal = _primal_step(X, change)
-        dual, next_factor = _dual_step(slack, direction)
+        primal = _primal_step(X, change, min(1.0, primal / STEP_SHRINK**3))
+        dual, next_factor = _dual_step(slack, direction, min(1.0, dual / STEP_SHRINK**3))
         if primal < SMALLEST_STEP and dual < SMALLEST_STEP:
             break
         X = X + primal * change
@@ -94,18 +95,17 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor | None:
     return None
 
 
-def _primal_step(X: Tensor, change: Tensor) -> float:
-    step = 1.0
+def _primal_step(X: Tensor, change: Tensor, step: float) -> float:
+    """Longest step found on the way down from ``step``, a bit longer than the last one."""
     while _cholesky(X + step * change) is None and step > SMALLEST_STEP:
         step *= STEP_SHRINK
     return step if step == 1.0 else TO_BOUNDARY * step
 
 
-def _dual_step(slack: Tensor, direction: Tensor) -> tuple[float, Tensor | None]:
-    """Step length, and the factor of the new slack where it is known already."""
-    step = 1.0
-    factor = _cholesky(slack + torch.diag(direction))
-    if factor is not None:
+def _dual_step(slack: Tensor, direction: Tensor, step: float) -> tuple[float, Tensor | None]:
+    """The same for the dual, with the factor of the new slack where it is known already."""
+    factor = _cholesky(slack + step * torch.diag(direction))
+    if factor is not None and step == 1.0:
         return step, factor
     while factor is None and step > SMALLEST_STEP:
         step *= STEP_SHRINK

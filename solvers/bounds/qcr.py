@@ -21,7 +21,7 @@ from typing import ClassVar, final
 import numpy as np
 import torch
 
-from ..row_program import FloatArray, RowProgram
+from ...problems.row_program import FloatArray, RowProgram
 from .convex_split import ConvexSplit, split_with
 from .max_trace import max_trace_diagonal
 from .row_tier import RowTier

@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from ...problems.layer import LayerProblem
+from ...problems.row_program import BoolArray, RowProgram
 from ..base import Budget, Group, Outcome, Solver, Status
-from ..row_program import BoolArray, RowProgram
 from ..row_wise import RowResult, solve_rows
 
 

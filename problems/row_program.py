@@ -4,7 +4,7 @@ With ``x_j = 1`` where weight j is pruned, the error of a row is
 
     f(x) = xᵀQx + 2qᵀx + const,    Q = diag(w) G diag(w),   q = h∘w,    1ᵀx_b = s_b in each block b
 
-(`LayerProblem`: ``G`` Gram matrix, ``h`` and ``const`` the drift). At raw scale (1e-6 to 1e-8) the
+(`layer`: ``G`` Gram matrix, ``h`` and ``const`` the drift). At raw scale (1e-6 to 1e-8) the
 absolute tolerances of integer programming libraries swallow the objective and wrong masks are called
 optimal, so a program is divided by ``unit`` until a good mask costs about 100; whatever a solver
 claims is multiplied back and recomputed in float64.
@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from ..problems.layer import LayerProblem
+from .layer import LayerProblem
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
