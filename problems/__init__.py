@@ -1,5 +1,6 @@
 """What is to be solved: sparsity patterns, Gram matrices, layer problems, instances."""
 
+from .export import export_row, read_references, write_references
 from .files import load_instance, save_instance
 from .gram import Gram, GramAccumulator
 from .layer import Drift, LayerProblem
@@ -12,8 +13,11 @@ __all__ = [
     "GramAccumulator",
     "LayerProblem",
     "SparsityPattern",
+    "export_row",
     "load_instance",
+    "read_references",
     "save_instance",
     "synthetic_activations",
     "synthetic_layer",
+    "write_references",
 ]

@@ -1,11 +1,11 @@
 """Single rows as files that other solvers read: ``.lp``, ``.mps`` and ``.qplib``, with a reference file.
 
-A row is the binary quadratic program of `row_program`, divided so that a good mask costs about 100: the absolute
-tolerances of solvers would swallow the raw errors. The files say in a comment by how much to multiply a value
-to get the row's error back. Numbers are written so that they read back exactly.
+A row is the binary quadratic program of `row_program`, divided so that a good mask costs about 100: the
+absolute tolerances of solvers would swallow the raw errors. The files say in a comment by how much to multiply
+a value to get the row's error back. Numbers are written so that they read back exactly.
 
-Formulations: ``quadratic`` as it is (`.lp` and `.mps`: CPLEX's quadratic sections; `.qplib`: QPLIB's own format,
-Furini et al., Mathematical Programming Computation 11, 2019), and ``mccormick``, the linearisation
+Formulations: ``quadratic`` as it is (`.lp` and `.mps`: CPLEX's quadratic sections; `.qplib`: QPLIB's own
+format, Furini et al., Mathematical Programming Computation 11, 2019), and ``mccormick``, the linearisation
 ``z_ij = x_i x_j`` (McCormick, 1976) for solvers of linear programs, in `.lp` and `.mps`.
 """
 
@@ -140,7 +140,7 @@ def _sums(program: RowProgram) -> list[tuple[str, str, list[tuple[str, float]], 
 
 
 def _linear_program(program: RowProgram, formulation: str) -> _Linear:
-    """Linear part of the objective and all rows; ``one`` is a variable fixed to 1 that carries the constant."""
+    """Linear part of the objective and all rows; ``one``, fixed to 1, carries the constant."""
     variables = [f"x{j}" for j in range(program.size)]
     cost = [2 * float(value) for value in program.linear]
     rows = _sums(program)
@@ -190,7 +190,7 @@ def _lp(program: RowProgram, name: str, formulation: str) -> str:
             _term(2 * value, f"x{i} ^2" if i == j else f"x{i} * x{j}") for i, j, value in _products(program)
         ]
         if products:
-            objective += ["+ ["] + products + ["] / 2"]
+            objective += ["+ [", *products, "] / 2"]
     lines = [*_header(program, name, "\\"), "Minimize", f" error: {_wrapped(objective)}", "Subject To"]
     for label, sense, terms, right in linear.rows:
         left = _wrapped(_term(value, variable) for variable, value in terms)
@@ -237,7 +237,7 @@ def _mps(program: RowProgram, name: str, formulation: str) -> str:
 
 
 def _qplib(program: RowProgram, name: str) -> str:
-    """QPLIB: ½ xᵀHx + bᵀx + q0 with H = 2Q as its lower triangle; type QBL: quadratic, binary, linear rows."""
+    """½ xᵀHx + bᵀx + q0 with H = 2Q as its lower triangle, of type QBL: quadratic, binary, linear rows."""
     products = [(i, j, 2 * value if i == j else value) for i, j, value in _products(program)]
     linear = [(j, 2 * float(value)) for j, value in enumerate(program.linear) if value != 0]
     blocks = list(zip(program.starts[:-1], program.starts[1:], program.counts, strict=True))

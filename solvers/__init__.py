@@ -1,35 +1,54 @@
 """How layer problems are solved: one algorithm per file, named as its paper names it."""
 
 from .base import Budget, Group, Outcome, Solution, Solver, Status, TracePoint, solve
+from .bounds import CorrEigenvalue, Dnn, LayerBound, Naive, Qcr, Sdp, SharedSplit, bound
+from .branch_and_bound import BranchAndBound
 from .certificate import Certificate, certify
 from .compose import BestOf, Sequence
 from .enumeration import Enumeration
 from .greedy import Greedy
+from .gurobi import Gurobi
+from .highs import HiGHS
+from .iterated_local_search import IteratedLocalSearch
 from .one_swap import OneSwap
 from .registry import SOLVERS
+from .scip import SCIP
 from .scores import RIA, Magnitude, Random, Wanda
 from .tabu import Tabu
 
 __all__ = [
     "RIA",
+    "SCIP",
     "SOLVERS",
     "BestOf",
+    "BranchAndBound",
     "Budget",
     "Certificate",
+    "CorrEigenvalue",
+    "Dnn",
     "Enumeration",
     "Greedy",
     "Group",
+    "Gurobi",
+    "HiGHS",
+    "IteratedLocalSearch",
+    "LayerBound",
     "Magnitude",
+    "Naive",
     "OneSwap",
     "Outcome",
+    "Qcr",
     "Random",
+    "Sdp",
     "Sequence",
+    "SharedSplit",
     "Solution",
     "Solver",
     "Status",
     "Tabu",
     "TracePoint",
     "Wanda",
+    "bound",
     "certify",
     "solve",
 ]

@@ -4,9 +4,9 @@ HiGHS solves mixed-integer *linear* programs only (it accepts a Hessian and then
 that a good mask costs about 100, becomes one of
 
 - ``outer_approximation``: the factored QCR program (`backends.factored`) with ``t_i ≥ y_i²`` replaced by
-  tangents ``t_i ≥ 2 v_i y_i - v_i²``. The linear relaxation is cut until it settles, then mixed-integer programs
-  alternate with cuts at their solutions (Duran, Grossmann, Mathematical Programming 36, 1986). Every such
-  program is a relaxation of the row, so its dual bound is one of the row.
+  tangents ``t_i ≥ 2 v_i y_i - v_i²``. The linear relaxation is cut until it settles, then mixed-integer
+  programs alternate with cuts at their solutions (Duran, Grossmann, Mathematical Programming 36, 1986). Every
+  such program is a relaxation of the row, so its dual bound is one of the row.
 - ``mccormick``: ``z_ij = x_i x_j`` linearised (McCormick, 1976), with ``Σ_j z_ij = s_b x_i`` over each block.
 
 The objective of a mask is recomputed in float64 from the row; dual bounds count less their tolerances. Covers
@@ -245,6 +245,7 @@ def _outer_approximation(model: _Model, start: BoolArray) -> tuple[BoolArray, fl
         cut_at(values[:n])
     model.set_integer(True)
     best, lower = start, -np.inf
+    exact: set[bytes] = set()  # points at which the tangents are exact
     while True:
         if time.monotonic() >= model.deadline:
             return best, lower, Status.TIME_LIMIT
@@ -256,12 +257,15 @@ def _outer_approximation(model: _Model, start: BoolArray) -> tuple[BoolArray, fl
         point = None if values is None else rounded(program, values[:n])
         if point is not None:
             best = better(program, point, best)
-        # what is left is the tolerance that the safe bound gives away
-        remaining = program.objective(best) - lower - 2 * shape.allowance
-        if remaining <= model.options.gap_limit * abs(program.objective(best)) + 1e-4:
-            return best, lower, Status.FINISHED
         if status is not Status.FINISHED or point is None:
             return best, lower, status
+        # the safe bound gives its allowance away, and each program is solved to the gap limit only
+        value = program.objective(best)
+        if value - lower - 2 * shape.allowance <= 2 * model.options.gap_limit * abs(value):
+            return best, lower, Status.FINISHED
+        if point.tobytes() in exact:
+            return best, lower, Status.FINISHED
+        exact.add(point.tobytes())
         if model.options.node_limit is not None and model.nodes >= model.options.node_limit:
             return best, lower, Status.NODE_LIMIT
         cut_at(point.astype(np.float64))

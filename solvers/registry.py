@@ -8,14 +8,41 @@ import typing
 
 from ..errors import InputError
 from .base import Solver
+from .bounds import CorrEigenvalue, Dnn, Naive, Qcr, Sdp, SharedSplit
+from .branch_and_bound import BranchAndBound
 from .enumeration import Enumeration
 from .greedy import Greedy
+from .gurobi import Gurobi
+from .highs import HiGHS
+from .iterated_local_search import IteratedLocalSearch
 from .one_swap import OneSwap
+from .scip import SCIP
 from .scores import RIA, Magnitude, Random, Wanda
 from .tabu import Tabu
 
 SOLVERS: dict[str, type[Solver]] = {
-    solver.name: solver for solver in (Random, Magnitude, Wanda, RIA, OneSwap, Greedy, Tabu, Enumeration)
+    solver.name: solver
+    for solver in (
+        Random,
+        Magnitude,
+        Wanda,
+        RIA,
+        OneSwap,
+        Greedy,
+        Tabu,
+        IteratedLocalSearch,
+        Enumeration,
+        BranchAndBound,
+        SCIP,
+        HiGHS,
+        Gurobi,
+        CorrEigenvalue,
+        Naive,
+        SharedSplit,
+        Qcr,
+        Dnn,
+        Sdp,
+    )
 }
 
 
