@@ -1,8 +1,8 @@
 """Single rows as files that other solvers read: ``.lp``, ``.mps`` and ``.qplib``, with a reference file.
 
 A row is the binary quadratic program of `row_program`, divided so that a good mask costs about 100: the
-absolute tolerances of solvers would swallow the raw errors. The files say in a comment by how much to multiply
-a value to get the row's error back. Numbers are written so that they read back exactly.
+absolute tolerances of solvers would swallow the raw errors. The files say in a comment by how much to
+multiply a value to get the row's error back. Numbers are written so that they read back exactly.
 
 Formulations: ``quadratic`` as it is (`.lp` and `.mps`: CPLEX's quadratic sections; `.qplib`: QPLIB's own
 format, Furini et al., Mathematical Programming Computation 11, 2019), and ``mccormick``, the linearisation

@@ -22,6 +22,15 @@ SOLVERS: list[ss.Solver] = [
     ss.Sequence(ss.Magnitude(), ss.OneSwap()),
     ss.BestOf(ss.RIA(), ss.Wanda()),
     ss.Enumeration(),
+    ss.IteratedLocalSearch(kicks=20),
+    ss.BranchAndBound(),
+    ss.SCIP(),
+    ss.HiGHS(),
+    ss.CorrEigenvalue(),
+    ss.Naive(),
+    ss.SharedSplit(rounds=2),
+    ss.Qcr(),
+    ss.Dnn(iterations=50),
 ]
 
 PATTERNS = ("0.5", "0.25", "2:4", "1:4", "3:4")
