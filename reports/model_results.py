@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure as Canvas
 
 from ..study_records import ModelLayer, ModelRecord
-from .ablations import FACTORS, factor_figure, factor_of
+from .ablations import FACTORS, factor_figure, factor_of, swaps_allowed
 from .axes import legend_below, numbers, plain_log, series
 from .demo import DemoLayer, layer_error_map
 from .figures import Figure
@@ -41,6 +41,17 @@ def variant_names(models: Sequence[ModelRecord]) -> dict[str, str]:
     return names
 
 
+def main_runs(models: Sequence[ModelRecord]) -> list[ModelRecord]:
+    """Runs with the most common calibration text, windows and seed, and no limit of swaps that is varied."""
+    settings = [(record.calibration, record.samples, record.seed) for record in models]
+    common = max(dict.fromkeys(settings), key=settings.count) if settings else None
+    return [
+        record
+        for record, setting in zip(models, settings, strict=True)
+        if setting == common and swaps_allowed(record) in (None, math.inf)
+    ]
+
+
 def quality(record: ModelRecord) -> float | None:
     """What a model has lost, smaller is better: perplexity, or 1 - mean cosine for encoders."""
     if record.perplexity is not None:
@@ -57,7 +68,7 @@ def model_sections(models: Sequence[ModelRecord], layers: Sequence[ModelLayer]) 
     items: list[Table | Figure] = [model_table(done, names)]
     by_model = {name: [r for r in done if r.model == name] for name in dict.fromkeys(r.model for r in done)}
     for name, members in by_model.items():
-        figure = error_against_quality(name, members, names)
+        figure = error_against_quality(name, members)
         items += [figure] if figure is not None else []
     sections = [Section("Whole models", tuple(_model_text(done, names)), tuple(items))]
     agreement = agreement_table(done, names)
@@ -73,9 +84,7 @@ def model_sections(models: Sequence[ModelRecord], layers: Sequence[ModelLayer]) 
     if figures:
         sections.append(Section("One thing at a time", (), figures))
     maps = tuple(
-        figure
-        for name, members in by_model.items()
-        if (figure := _map(name, members, layers, names)) is not None
+        figure for name, members in by_model.items() if (figure := _map(name, members, layers)) is not None
     )
     if maps:
         sections.append(Section("Layers", (), maps))
@@ -158,32 +167,33 @@ def _model_text(models: Sequence[ModelRecord], names: dict[str, str]) -> list[st
     return text
 
 
-def error_against_quality(model: str, models: Sequence[ModelRecord], names: dict[str, str]) -> Figure | None:
+def error_against_quality(model: str, models: Sequence[ModelRecord]) -> Figure | None:
     """Layer error against perplexity or cosine, one point per run; None without a measure."""
-    rated = [record for record in models if quality(record) is not None and record.error is not None]
+    rated = [
+        record for record in main_runs(models) if quality(record) is not None and record.error is not None
+    ]
     if not rated:
         return None
     causal = rated[0].perplexity is not None
-    order = list(dict.fromkeys(record.label for record in rated))
+    names = variant_names(rated)
+    order = list(dict.fromkeys(names[record.unit] for record in rated))
+    rated.sort(key=lambda record: (order.index(names[record.unit]), pattern_order(record.pattern)))
     rows: tuple[Row, ...] = tuple(
         (
-            record.label,
-            pattern_name(record.pattern),
             names[record.unit],
+            pattern_name(record.pattern),
             record.error,
             record.held_out_error,
             quality(record),
             record.perplexity_dense,
         )
-        for record in sorted(
-            rated, key=lambda r: (order.index(r.label), pattern_order(r.pattern), names[r.unit])
-        )
+        for record in rated
     )
 
     def draw(canvas: Canvas, rows: tuple[Row, ...]) -> None:
         axes = canvas.add_subplot()
         for members in series(rows, 1).values():
-            joined = sorted(zip(numbers(members, 3), numbers(members, 5), strict=True))
+            joined = sorted(zip(numbers(members, 2), numbers(members, 4), strict=True))
             x, y = [100 * each for each, _ in joined], [each for _, each in joined]
             axes.plot(x, y, color=NEUTRAL, linewidth=0.8, alpha=0.5)
             axes.annotate(
@@ -193,10 +203,10 @@ def error_against_quality(model: str, models: Sequence[ModelRecord], names: dict
         for index, (label, points) in enumerate(series(rows).items()):
             look = style(index)
             axes.plot(
-                [100 * x for x in numbers(points, 3)], numbers(points, 5), look.mark, color=look.colour,
+                [100 * x for x in numbers(points, 2)], numbers(points, 4), look.mark, color=look.colour,
                 label=label,
             )  # fmt: skip
-        dense = [value for value in numbers(rows, 6) if not math.isnan(value)]
+        dense = [value for value in numbers(rows, 5) if not math.isnan(value)]
         if causal and dense:
             axes.axhline(dense[0], color=NEUTRAL, linestyle="--", linewidth=1.4)
             axes.annotate(
@@ -218,7 +228,7 @@ def error_against_quality(model: str, models: Sequence[ModelRecord], names: dict
         "means that a "
         "smaller layer error goes with a better model; where it rises to the left, it does not."
         + (" The dashed line is the dense model." if causal else " The dense model is at 0."),
-        ("solver", "pattern", "run", "layer error", "held-out error", "quality", "dense perplexity"),
+        ("run", "pattern", "layer error", "held-out error", "quality", "dense perplexity"),
         rows,
         draw,
         (7.2, 5.0),
@@ -300,10 +310,10 @@ def _agreement_text(table: Table) -> str:
     return text
 
 
-def _map(
-    model: str, models: Sequence[ModelRecord], layers: Sequence[ModelLayer], names: dict[str, str]
-) -> Figure | None:
+def _map(model: str, models: Sequence[ModelRecord], layers: Sequence[ModelLayer]) -> Figure | None:
     """Heat map of the runs on the most common pattern, from the largest to the smallest error."""
+    models = main_runs(models)
+    names = variant_names(models)
     patterns = [record.pattern for record in models]
     pattern = max(dict.fromkeys(patterns), key=patterns.count)
     runs = [r for r in _sorted(models, names) if r.pattern == pattern]

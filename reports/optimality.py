@@ -146,7 +146,15 @@ def gap_ecdf(data: StudyData) -> Figure:
         for index, (label, points) in enumerate(series(rows).items()):
             look = style(index)
             x, y = [100 * value for value in numbers(points, 1)], numbers(points, 2)
-            axes.step([*x, 1000.0], [*y, 1.0], look.line, where="post", color=look.colour, label=label)
+            lead = [0.0] if x[0] > 0 else []
+            axes.step(
+                [*x[: len(lead)], *x, 1000.0],
+                [*lead, *y, 1.0],
+                look.line,
+                where="post",
+                color=look.colour,
+                label=label,
+            )
         gap_scale(axes, "x")
         axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1))

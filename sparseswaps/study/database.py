@@ -273,7 +273,7 @@ class StudyDatabase:
         return tuple(kind(*row) for row in self._connection.execute(query))
 
     def merge(self, other: str | os.PathLike[str]) -> int:
-        """Take over the units that ``other`` has finished and this database has not; returns how many.
+        """Take over the units of which ``other`` knows more; returns how many of them are done.
 
         Raises:
             InvalidFileError: if ``other`` is no study record.
@@ -287,12 +287,10 @@ class StudyDatabase:
         try:
             with self._transaction() as connection:
                 connection.execute("INSERT OR IGNORE INTO study SELECT * FROM other.study")
+                rank = "CASE state WHEN 'done' THEN 2 WHEN 'failed' THEN 1 ELSE 0 END"
                 connection.execute(
-                    "CREATE TEMP TABLE fresh AS SELECT unit FROM other.plan AS theirs WHERE "
-                    "state = 'done' AND NOT EXISTS (SELECT 1 FROM main.plan AS ours "
-                    "WHERE ours.unit = theirs.unit AND ours.state = 'done') "
-                    "OR state != 'done' AND NOT EXISTS (SELECT 1 FROM main.plan AS ours "
-                    "WHERE ours.unit = theirs.unit)"
+                    f"CREATE TEMP TABLE fresh AS SELECT unit FROM other.plan AS theirs WHERE {rank} > "
+                    f"COALESCE((SELECT {rank} FROM main.plan AS ours WHERE ours.unit = theirs.unit), -1)"
                 )
                 for table in ("plan", *_TABLES, "layer"):
                     connection.execute(
@@ -302,6 +300,10 @@ class StudyDatabase:
                 count = connection.execute(
                     "SELECT COUNT(*) FROM fresh JOIN main.plan USING (unit) WHERE state = 'done'"
                 ).fetchone()[0]
+                connection.execute(
+                    "UPDATE main.plan SET state = 'pending', owner = NULL WHERE state = 'claimed' "
+                    "AND unit IN (SELECT unit FROM fresh)"
+                )
                 connection.execute("DROP TABLE fresh")
         finally:
             with self._lock:

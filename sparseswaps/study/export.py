@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from ..errors import InputError, InvalidFileError, SolverNotInstalledError
 from ..records import LayerRecord
-from ..reports.study_report import write_study_report
 from ..study_records import ModelRecord, RowRecord, StudyRows, TraceRecord, UnitRecord
 from .database import StudyDatabase
 
@@ -85,6 +84,9 @@ def build_report(database: str | os.PathLike[str], out_dir: str | os.PathLike[st
         InvalidFileError: if the record is missing or damaged.
         InputError: if it holds no finished unit.
     """
+    # plotting takes a second to import, which the processes of a study need not wait for
+    from ..reports.study_report import write_study_report
+
     rows = read_rows(database)
     if not rows.units and not rows.models:
         raise InputError(f"study record {database}: expected finished units, found none")

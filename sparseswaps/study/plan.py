@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
@@ -120,7 +121,11 @@ def _problem_specs(study: Study, problems: ProblemSet) -> list[dict[str, Any]]:
     widths = problems.cols or (0,)
     if problems.kind == "files":
         files = resolve_files(problems.source.split("\n"), study.folder)
-        return [{**base, "source": file, "cols": cols} for file in files for cols in widths]
+        return [
+            {**base, "name": problems.name or Path(file).stem, "source": file, "cols": cols}
+            for file in files
+            for cols in widths
+        ]
     specs = []
     layers = layers_of(problems.source, study.folder, problems.include, problems.exclude)
     for samples, layer, cols in itertools.product(problems.samples, layers, widths):

@@ -270,7 +270,10 @@ def _problem_set(table: CheckedTable, labels: Sequence[str]) -> ProblemSet:
     rows = table.integer("rows", 8 if kind == "family" else 0, least=1 if kind == "family" else 0)
     patterns, solvers = _choices(table, labels)
     name = table.text("name", "")
-    found = ProblemSet(kind, source, name or short_name(source), rows, cols, patterns, solvers)
+    # files are called by their own names
+    found = ProblemSet(
+        kind, source, name or ("" if kind == "files" else short_name(source)), rows, cols, patterns, solvers
+    )
     if kind == "model":
         found = replace(
             found,
