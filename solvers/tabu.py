@@ -23,7 +23,7 @@ from .one_swap import overall_status, row_statuses
 from .scores import warm_start
 
 # Moves without improvement at effort 1.
-PATIENCE = 100
+PATIENCE = 150
 
 
 @final
@@ -32,7 +32,7 @@ class Tabu(Solver):
     """1-swap descent, then tabu walks; never worse than its start.
 
     Args:
-        effort: a walk stops after ``100 · effort`` moves without improvement.
+        effort: a walk stops after ``150 · effort`` moves without improvement.
         tenure: moves for which a moved weight stays.
         tolerance: an improvement is at least this share of the row's starting error.
 

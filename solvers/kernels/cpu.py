@@ -1,8 +1,9 @@
 """The descent on CPUs: numba, threads over tiles of rows. Twin of ``reference.descend``.
 
 A tile of rows computes its ``c`` together (one pass over ``R`` serves them all), then each row
-descends by itself. A row that finds no more swap gets its ``c`` afresh and looks again: what is
-called converged rests on freshly computed costs. Threads take the next tile as they become free;
+descends by itself. A row that finds no more swap gets its ``c`` from products in float64 sums again
+(over the weights that moved) and looks again: what is called converged does not rest on the small
+updates of the search. Threads take the next tile as they become free;
 rows never see each other, so neither threads nor tiles change the result.
 """
 
@@ -21,7 +22,7 @@ from .cpu_loops import BOUND_SLACK, Array, best_swaps_of_tile, descend_tile, pru
 from .reference import BestSwaps, Descent
 
 # Rows that share one pass over R; fewer when there are few rows or when time is short.
-TILE = 32
+TILE = 128
 UNLIMITED = np.iinfo(np.int64).max
 
 
@@ -177,7 +178,7 @@ def _root(correlation: Tensor, largest: Tensor | None) -> Array:
 def for_tiles(work: Callable[[int, int], None], rows: int, deadline: float = float("inf")) -> None:
     """Call ``work(first, last)`` for tiles of rows from torch's number of threads, until ``deadline``."""
     threads = max(1, torch.get_num_threads())
-    largest = TILE if deadline == float("inf") else TILE // 4
+    largest = TILE if deadline == float("inf") else TILE // 16
     tile = max(1, min(largest, rows // (4 * threads)))
     numbers = itertools.count()
     count = -(-rows // tile)

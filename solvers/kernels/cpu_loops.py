@@ -42,7 +42,7 @@ CHUNK = 128
 # Bounds are tested for so many pairs at once before they are tested one by one.
 PAIR_CHUNK = 16
 # Whole lines that the exact search looks at before it tests pairs.
-PROBES = 4
+PROBES = 16
 # Levels of s for the bounds of a whole line.
 LEVELS = 32
 # s is enlarged by this share so that the bound holds for rounded products in float32.
@@ -77,6 +77,16 @@ def big_of(vector: Array) -> Any:
     if vector.itemsize == 4:
         return vector.dtype.type(1e30)
     return vector.dtype.type(1e290)
+
+
+@njit(**OPTIONS)
+def aligned(rows: int, cols: int, like: Array) -> Array:
+    """Uninitialised (rows, at least cols) in the dtype of ``like``, each row on a cache line of its own."""
+    lane = 64 // like.itemsize
+    width = (cols + lane - 1) // lane * lane
+    buffer = np.empty(rows * width + lane, like.dtype)
+    offset = (-(buffer.ctypes.data // like.itemsize)) % lane
+    return buffer[offset : offset + rows * width].reshape(rows, width)
 
 
 @njit(**OPTIONS)
@@ -261,7 +271,7 @@ def best_pair(
         first: where the block begins.
         last: where it ends.
         limit: Δ of a known swap, or the threshold of acceptance.
-        lists: work space (2, cols), integers.
+        lists: work space (5, cols + PAIR_CHUNK), integers; the third row is left alone.
         work: work space (6, cols).
     """
     two = delta.dtype.type(2)
@@ -305,11 +315,14 @@ def best_pair(
             values[count] = pruned_q[j]
             widths[count] = spread[j]
             count += 1
+    # pairs whose bound beats the incumbent are gathered first: their entries of R are far apart, and
+    # independent loads overlap
+    pairs_u, pairs_p = lists[3], lists[4]
+    found = 0
     for k in range(kept_count):
         u = kept_list[k]
         reach = two * spread[u]
         q = kept_q[u]
-        factor = two * delta[u]
         for start in range(0, count, PAIR_CHUNK):
             stop = min(start + PAIR_CHUNK, count)
             part, width = values[start:stop], widths[start:stop]
@@ -319,11 +332,36 @@ def best_pair(
             if low > best:
                 continue
             for i in range(start, stop):
-                if (q + values[i]) - reach * widths[i] <= best:
-                    p = pruned_list[i]
-                    change = (q + values[i]) + factor * delta[p] * R[u, p]
-                    if change < best or (change == best and (best_u < 0 or u < best_u)):
-                        best, best_u, best_p = change, u, p
+                pairs_u[found] = u
+                pairs_p[found] = pruned_list[i]
+                found += (q + values[i]) - reach * widths[i] <= best
+            if found + PAIR_CHUNK > last - first or found > 1024:
+                best, best_u, best_p = best_of_list(
+                    R, delta, kept_q, pruned_q, pairs_u, pairs_p, found, best, best_u, best_p
+                )
+                found = 0
+    return best_of_list(R, delta, kept_q, pruned_q, pairs_u, pairs_p, found, best, best_u, best_p)
+
+
+@njit(**OPTIONS)
+def best_of_list(
+    R: Array,
+    delta: Array,
+    kept_q: Array,
+    pruned_q: Array,
+    pairs_u: Array,
+    pairs_p: Array,
+    count: int,
+    best: Any,
+    best_u: int,
+    best_p: int,
+) -> tuple[Any, int, int]:
+    """The best of the first ``count`` listed pairs and of the incumbent (Δ, u, p)."""
+    for k in range(count):
+        u, p = pairs_u[k], pairs_p[k]
+        change = swap_change(R, delta, kept_q, pruned_q, u, p)
+        if change < best or (change == best and (best_u < 0 or u < best_u)):
+            best, best_u, best_p = change, u, p
     return best, best_u, best_p
 
 
@@ -356,14 +394,10 @@ def make_swap(
 
 
 @njit(**OPTIONS)
-def add_costs(
-    R: Array, weight: Array, drift: Array, has_drift: bool, mask: Array, wanted: Array, cost: Array
+def first_costs(
+    R: Array, weight: Array, drift: Array, has_drift: bool, mask: Array, before: Array, cost: Array
 ) -> None:
-    """``c = R (y∘(1-m)) + h`` of the wanted rows of a tile, from scratch.
-
-    Products run in the dtype of ``R`` over at most ``SPAN`` columns and are summed in float64, always in
-    the same order: the result depends neither on the tile nor on threads, and its rounding does not
-    grow with the width of the layer. Kept weights cost nothing.
+    """``c = R (y∘(1-m)) + h`` of a tile of rows.
 
     Args:
         R: correlation (cols, cols).
@@ -371,69 +405,93 @@ def add_costs(
         drift: scaled drift (rows, cols), used if ``has_drift``.
         has_drift: whether there is one.
         mask: kept weights (rows, cols).
-        wanted: rows to compute (rows,), bool.
+        before: a copy of ``mask``, a result for ``add_costs`` (rows, cols).
         cost: result (rows, cols), float64.
     """
+    for r in range(len(weight)):
+        for i in range(weight.shape[1]):
+            cost[r, i] = drift[r, i] if has_drift else 0.0
+    before[:] = True
+    add_costs(R, weight, mask, before, np.ones(len(weight), np.bool_), cost)
+
+
+@njit(**OPTIONS)
+def add_costs(R: Array, weight: Array, mask: Array, before: Array, wanted: Array, cost: Array) -> None:
+    """``c ← c + R (y∘(b-m))`` of the wanted rows of a tile, and ``b ← m``.
+
+    Products run in the dtype of ``R`` over at most ``SPAN`` columns and are summed in float64, always in
+    the same order: the result depends neither on the tile nor on threads, and its rounding does not
+    grow with the width of the layer. Weights that did not move cost nothing.
+
+    Args:
+        R: correlation (cols, cols).
+        weight: ``y`` (rows, cols).
+        mask: kept weights ``m`` (rows, cols).
+        before: mask ``b`` that ``cost`` belongs to (rows, cols).
+        wanted: rows to bring up to date (rows,), bool.
+        cost: ``c`` (rows, cols), float64.
+    """
     rows, cols = weight.shape
-    pruned = np.empty((rows, cols), np.int32)
-    starts = np.zeros((rows, (cols + SPAN - 1) // SPAN + 1), np.int32)
+    spans = (cols + SPAN - 1) // SPAN
+    moved = np.empty((rows, cols), np.int32)
+    amounts = np.empty((rows, cols), weight.dtype)
+    starts = np.zeros((rows, spans + 1), np.int64)
     for r in range(rows):
         count = 0
         if wanted[r]:
-            for j in range(cols):
-                if j % SPAN == 0:
-                    starts[r, j // SPAN] = count
-                if not mask[r, j] and weight[r, j] != 0:
-                    pruned[r, count] = j
-                    count += 1
-        starts[r, starts.shape[1] - 1] = count
-    part = np.empty(WIDTH, weight.dtype)
+            for span in range(spans):
+                starts[r, span] = count
+                for j in range(span * SPAN, min((span + 1) * SPAN, cols)):
+                    if mask[r, j] != before[r, j] and weight[r, j] != 0:
+                        moved[r, count] = j - span * SPAN
+                        amounts[r, count] = -weight[r, j] if mask[r, j] else weight[r, j]
+                        count += 1
+            before[r] = mask[r]
+        starts[r, spans] = count
+    part = aligned(1, WIDTH, R)[0]
+    # rows of R lie a power of two apart in wide layers and would evict each other from the cache
+    packed = aligned(SPAN, WIDTH, R)
     for left in range(0, cols, WIDTH):
         width = min(WIDTH, cols - left)
-        for r in range(rows):
-            if wanted[r]:
-                for i in range(left, left + width):
-                    cost[r, i] = drift[r, i] if has_drift else 0.0
-        for span in range(starts.shape[1] - 1):
+        for span in range(spans):
+            top = span * SPAN
+            packed[: min(SPAN, cols - top), :width] = R[top : top + SPAN, left : left + width]
             for r in range(rows):
-                start = starts[r, span]
-                stop = starts[r, span + 1]
-                if not wanted[r] or start == stop:
-                    continue
-                part[:] = 0
-                index = pruned[r]
-                y = weight[r]
-                k = start
-                while k + 8 <= stop:
-                    y0, y1, y2, y3 = y[index[k]], y[index[k + 1]], y[index[k + 2]], y[index[k + 3]]
-                    y4, y5, y6, y7 = y[index[k + 4]], y[index[k + 5]], y[index[k + 6]], y[index[k + 7]]
-                    r0 = R[index[k], left : left + width]
-                    r1 = R[index[k + 1], left : left + width]
-                    r2 = R[index[k + 2], left : left + width]
-                    r3 = R[index[k + 3], left : left + width]
-                    r4 = R[index[k + 4], left : left + width]
-                    r5 = R[index[k + 5], left : left + width]
-                    r6 = R[index[k + 6], left : left + width]
-                    r7 = R[index[k + 7], left : left + width]
+                start, stop = starts[r, span], starts[r, span + 1]
+                if start < stop:
+                    add_rows(packed, moved[r, start:stop], amounts[r, start:stop], part)
+                    total = cost[r, left : left + width]
                     for i in range(width):
-                        value = part[i] + y0 * r0[i]
-                        value += y1 * r1[i]
-                        value += y2 * r2[i]
-                        value += y3 * r3[i]
-                        value += y4 * r4[i]
-                        value += y5 * r5[i]
-                        value += y6 * r6[i]
-                        part[i] = value + y7 * r7[i]
-                    k += 8
-                while k < stop:
-                    y0 = y[index[k]]
-                    r0 = R[index[k], left : left + width]
-                    for i in range(width):
-                        part[i] += y0 * r0[i]
-                    k += 1
-                total = cost[r, left : left + width]
-                for i in range(width):
-                    total[i] += part[i]
+                        total[i] += part[i]
+
+
+@njit(**OPTIONS)
+def add_rows(rows: Array, index: Array, amounts: Array, total: Array) -> None:
+    """``total = Σ_k amounts_k rows[index_k]``, eight terms at a time, in order."""
+    total[:] = 0
+    width = len(total)
+    k = 0
+    while k + 8 <= len(index):
+        y0, y1, y2, y3 = amounts[k], amounts[k + 1], amounts[k + 2], amounts[k + 3]
+        y4, y5, y6, y7 = amounts[k + 4], amounts[k + 5], amounts[k + 6], amounts[k + 7]
+        r0, r1, r2, r3 = rows[index[k]], rows[index[k + 1]], rows[index[k + 2]], rows[index[k + 3]]
+        r4, r5, r6, r7 = rows[index[k + 4]], rows[index[k + 5]], rows[index[k + 6]], rows[index[k + 7]]
+        for i in range(width):
+            value = total[i] + y0 * r0[i]
+            value += y1 * r1[i]
+            value += y2 * r2[i]
+            value += y3 * r3[i]
+            value += y4 * r4[i]
+            value += y5 * r5[i]
+            value += y6 * r6[i]
+            total[i] = value + y7 * r7[i]
+        k += 8
+    while k < len(index):
+        y0 = amounts[k]
+        r0 = rows[index[k]]
+        for i in range(width):
+            total[i] += y0 * r0[i]
+        k += 1
 
 
 @njit(**OPTIONS)
@@ -459,15 +517,17 @@ def descend_tile(
     """Descend the rows of one tile and walk on with tabu; the last four arguments (rows,) are results."""
     rows, cols = weight.shape
     cost = np.empty((rows, cols), np.float64)
-    work = np.empty((11, max(cols, LEVELS + 1)), weight.dtype)
-    lists = np.empty((3, cols), np.int32)
+    work = aligned(11, max(cols, LEVELS + 1), weight)
+    lists = np.empty((5, cols + PAIR_CHUNK), np.int32)
+    before = np.empty((rows, cols), np.bool_)
     wanted = np.ones(rows, np.bool_)
     limit = np.empty(rows, np.float64)
-    optimum = np.empty((rows if patience > 0 else 0, cols), np.bool_)
-    optimum_error = np.empty(rows, np.float64)
-    walks = np.zeros(rows, np.int64)
-    for refresh in range(REFRESHES + (2 * WALKS if patience > 0 else 0)):
-        add_costs(R, weight, drift, has_drift, mask, wanted, cost)
+    walking = np.full(rows, patience > 0)
+    for refresh in range(REFRESHES):
+        if refresh == 0:
+            first_costs(R, weight, drift, has_drift, mask, before, cost)
+        else:
+            add_costs(R, weight, mask, before, wanted, cost)
         again = False
         for r in range(rows):
             if not wanted[r]:
@@ -484,35 +544,25 @@ def descend_tile(
                     wanted[r] = False
                     continue
                 limit[r] = noise
-            made, none_left = descend_row(
-                R,
-                root,
-                weight[r],
-                mask[r],
-                cost[r],
-                block,
-                -limit[r],
-                max_swaps - swaps[r],
-                steepest,
-                work,
-                lists,
-            )
+            load_row(weight[r], mask[r], cost[r], work[0], work[1], work[2])
+            load_spread(weight[r], root, work[3], lists[2], work[4])
+            left = max_swaps - swaps[r]
+            made, none_left = descend_row(R, mask[r], block, -limit[r], left, steepest, work, lists)
             swaps[r] += made
-            if made > 0:
-                wanted[r] = none_left or swaps[r] < max_swaps
-            elif none_left and patience > 0 and (walks[r] == 0 or row_error < optimum_error[r] - limit[r]):
-                optimum[r] = mask[r]
-                optimum_error[r] = row_error
-                walks[r] += 1
-                made, gained = walk_row(R, mask[r], block, limit[r], patience, tenure, work, optimum[r])
-                swaps[r] += made
-                wanted[r] = gained and walks[r] < WALKS
-                converged[r] = not wanted[r]
-            else:
-                wanted[r] = False
-                converged[r] = none_left
-            if not wanted[r] and walks[r] > 0:
-                mask[r] = optimum[r]
+            changed = made > 0
+            if none_left and walking[r]:
+                walking[r] = False
+                for _ in range(WALKS):
+                    made, gained = walk_row(R, mask[r], block, limit[r], patience, tenure, work)
+                    swaps[r] += made
+                    if not gained:
+                        break
+                    changed = True
+                    left = max_swaps - swaps[r]
+                    made, none_left = descend_row(R, mask[r], block, -limit[r], left, False, work, lists)
+                    swaps[r] += made
+            wanted[r] = changed and (none_left or swaps[r] < max_swaps)
+            converged[r] = none_left and not changed
             again |= wanted[r]
         if not again:
             return
@@ -530,14 +580,13 @@ def walk_row(
     patience: int,
     tenure: int,
     work: Array,
-    start: Array,
 ) -> tuple[int, bool]:
     """Tabu walk from a local optimum: (moves, whether it found an error lower by more than ``limit``).
 
     Each move is the better of the two candidates of a lazy step, improving or not; the weights of the
     last ``tenure`` moves may not move. Their q are taken out of the state, so no minimum sees them, and
-    kept up to date beside it. The walk ends ``patience`` moves after its best mask, which is left in
-    ``mask``.
+    kept up to date beside it. The walk ends ``patience`` moves after its best mask and leaves the state
+    and ``mask`` there.
 
     Args:
         R: correlation (cols, cols).
@@ -547,7 +596,6 @@ def walk_row(
         patience: moves without improvement after which it stops.
         tenure: moves for which a moved weight stays.
         work: the row's state as ``descend_row`` leaves it.
-        start: a copy of ``mask`` (cols,).
     """
     cols = len(mask)
     delta, kept_q, pruned_q = work[0, :cols], work[1, :cols], work[2, :cols]
@@ -556,30 +604,43 @@ def walk_row(
     half = big / two
     held = np.full(2 * tenure, -1, np.int64)
     held_q = np.empty(2 * tenure, delta.dtype)
-    best_mask = start.copy()
+    best_state = np.empty((3, cols), delta.dtype)
+    best_mask = np.empty(cols, np.bool_)
+    at_best = True
     gained = False
     level = 0.0
     best_level = 0.0
     moves = 0
     last_gain = 0
-    while moves - last_gain < patience:
+    while True:
+        if at_best:
+            # the state of the best mask, with nothing held
+            best_mask[:] = mask
+            for k in range(3):
+                best_state[k] = work[k, :cols]
+            for h in range(2 * tenure):
+                if held[h] >= 0:
+                    best_state[1 if mask[held[h]] else 2, held[h]] = held_q[h]
+            at_best = False
         change, u, p = big, -1, -1
-        for first in range(0, cols, block):
-            if block <= NARROW_BLOCK:
-                found, found_u, found_p = all_pairs(R, delta, mask, kept_q, pruned_q, first, first + block)
-            else:
-                found, found_u, found_p = two_lines(R, delta, kept_q, pruned_q, first, first + block)
-            if found < change:
-                change, u, p = found, found_u, found_p
+        if moves - last_gain < patience:
+            for first in range(0, cols, block):
+                last = first + block
+                if block <= NARROW_BLOCK:
+                    found, found_u, found_p = all_pairs(R, delta, mask, kept_q, pruned_q, first, last)
+                else:
+                    found, found_u, found_p = two_lines(R, delta, kept_q, pruned_q, first, last)
+                if found < change:
+                    change, u, p = found, found_u, found_p
         if change > half:
             break
         from_u, from_p = two * delta[u], two * delta[p]
+        make_swap(R, delta, mask, kept_q, pruned_q, u, p)
+        # afterwards, because the two rows of R are in the cache by now
         for h in range(2 * tenure):
             j = held[h]
             if j >= 0:
                 held_q[h] += delta[j] * (from_u * R[u, j] + from_p * R[p, j])
-        make_swap(R, delta, mask, kept_q, pruned_q, u, p)
-        level += change
         slot = 2 * (moves % tenure)
         for h in range(slot, slot + 2):
             j = held[h]
@@ -592,13 +653,16 @@ def walk_row(
         held_q[slot], held_q[slot + 1] = pruned_q[u], kept_q[p]
         pruned_q[u] = big
         kept_q[p] = big
+        level += change
         moves += 1
         if level < best_level - limit:
             best_level = level
             last_gain = moves
-            best_mask[:] = mask
+            at_best = True
             gained = True
     mask[:] = best_mask
+    for k in range(3):
+        work[k, :cols] = best_state[k]
     return moves, gained
 
 
@@ -625,10 +689,9 @@ def prune_tile(
     """
     rows, cols = weight.shape
     cost = np.empty((rows, cols), np.float64)
-    add_costs(R, weight, drift, has_drift, mask, np.ones(rows, np.bool_), cost)
-    delta = np.empty(cols, weight.dtype)
-    kept_q = np.empty(cols, weight.dtype)
-    pruned_q = np.empty(cols, weight.dtype)
+    first_costs(R, weight, drift, has_drift, mask, np.empty(mask.shape, np.bool_), cost)
+    work = aligned(3, cols, weight)
+    delta, kept_q, pruned_q = work[0, :cols], work[1, :cols], work[2, :cols]
     two = delta.dtype.type(2)
     big = big_of(delta)
     left = np.empty(cols // block, np.int64)
@@ -692,11 +755,11 @@ def best_swaps_of_tile(
     """The swap with the lowest Δ of each row of a tile; the last three arguments (rows,) are results."""
     rows, cols = weight.shape
     cost = np.empty((rows, cols), np.float64)
-    work = np.empty((11, max(cols, LEVELS + 1)), weight.dtype)
-    lists = np.empty((3, cols), np.int32)
-    add_costs(R, weight, drift, has_drift, mask, np.ones(rows, np.bool_), cost)
+    work = aligned(11, max(cols, LEVELS + 1), weight)
+    lists = np.empty((5, cols + PAIR_CHUNK), np.int32)
+    first_costs(R, weight, drift, has_drift, mask, np.empty(mask.shape, np.bool_), cost)
     delta, kept_q, pruned_q, spread = work[0, :cols], work[1, :cols], work[2, :cols], work[3, :cols]
-    level, levels = lists[2], work[4, : LEVELS + 1]
+    level, levels = lists[2, :cols], work[4, : LEVELS + 1]
     for r in range(rows):
         load_row(weight[r], mask[r], cost[r], delta, kept_q, pruned_q)
         load_spread(weight[r], root, spread, level, levels)
@@ -756,10 +819,7 @@ def judge(
 @njit(**OPTIONS)
 def descend_row(
     R: Array,
-    root: Array,
-    weight: Array,
     mask: Array,
-    cost: Array,
     block: int,
     threshold: float,
     max_swaps: int,
@@ -767,13 +827,22 @@ def descend_row(
     work: Array,
     lists: Array,
 ) -> tuple[int, bool]:
-    """Swap until nothing is left or a limit is reached: (swaps, whether no swap has Δ < threshold)."""
-    cols = len(weight)
+    """Swap until nothing is left or a limit is reached: (swaps, whether no swap has Δ < threshold).
+
+    Args:
+        R: correlation (cols, cols).
+        mask: kept weights (cols,), also the result.
+        block: width of the pattern's blocks.
+        threshold: Δ below which a swap is made, at most 0.
+        max_swaps: the most swaps.
+        steepest: make the best swap each time.
+        work: loaded state of the row (11, at least cols): δ, a, b, s, the levels of s, work space.
+        lists: integers (5, cols + PAIR_CHUNK), the third row holding the level of each s.
+    """
+    cols = len(mask)
     delta, kept_q, pruned_q, spread = work[0, :cols], work[1, :cols], work[2, :cols], work[3, :cols]
-    load_row(weight, mask, cost, delta, kept_q, pruned_q)
-    level, levels = lists[2], work[4, : LEVELS + 1]
-    load_spread(weight, root, spread, level, levels)
-    limit = weight.dtype.type(threshold)
+    level, levels = lists[2, :cols], work[4, : LEVELS + 1]
+    limit = delta.dtype.type(threshold)
     made = 0
     while True:
         best = limit
