@@ -22,8 +22,9 @@ from torch import Tensor
 from ..errors import InvalidOutcomeError
 from ..problems.layer import LayerProblem
 from ..problems.row_program import BoolArray, RowProgram
-from .backends.factored import FEASIBILITY_TOLERANCE, factored, rounded, safe_bound
+from .backends.factored import FEASIBILITY_TOLERANCE, factored, rounded, safe_bound, settled
 from .base import Budget, Group, Outcome, Solver, Status
+from .presolve import thinned
 from .row_wise import RowResult, better, check_jobs, check_limits, row_deadline, solve_rows
 
 # Why Gurobi stopped, by its status code.
@@ -71,7 +72,10 @@ class Gurobi(Solver):
 
     def _solve_row(self, program: RowProgram, start: BoolArray, deadline: float) -> RowResult:
         deadline = row_deadline(deadline, self.time_limit)
-        scaled = program.rescaled(start)
+        reduced, inner, threshold = thinned(program, start)
+        scaled = reduced.program
+        if scaled.size == 0:
+            return settled(program, reduced, start, threshold)
         library: Any = importlib.import_module("gurobipy")
         shape = factored(scaled, deadline)
         with library.Env(params={"OutputFlag": 0}) as environment, library.Model(env=environment) as model:
@@ -87,7 +91,7 @@ class Gurobi(Solver):
             if deadline != float("inf"):
                 model.setParam("TimeLimit", max(0.01, deadline - time.monotonic()))
             x = model.addMVar(scaled.size, vtype=library.GRB.BINARY)
-            x.Start = start.astype(np.float64)
+            x.Start = inner.astype(np.float64)
             for begin, end, count in zip(scaled.starts[:-1], scaled.starts[1:], scaled.counts, strict=True):
                 model.addConstr(x[int(begin) : int(end)].sum() == float(count))
             model.setObjective(x @ shape.matrix() @ x + shape.linear @ x + shape.constant)
@@ -101,8 +105,8 @@ class Gurobi(Solver):
             if model.SolCount > 0:
                 point = rounded(scaled, np.asarray(x.X, dtype=np.float64))
                 if point is not None:
-                    found = better(program, point, start)
-            lower = safe_bound(float(model.ObjBound), shape.allowance)
+                    found = better(program, reduced.expand(point), start)
+            lower = min(safe_bound(float(model.ObjBound), shape.allowance), threshold)
             return RowResult(
                 found,
                 float(np.nextafter(max(0.0, lower) * scaled.unit, 0.0)),

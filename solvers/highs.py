@@ -28,8 +28,16 @@ from torch import Tensor
 from ..errors import InputError, InvalidOutcomeError
 from ..problems.layer import LayerProblem
 from ..problems.row_program import BoolArray, FloatArray, RowProgram
-from .backends.factored import FEASIBILITY_TOLERANCE, factored, product_allowance, rounded, safe_bound
+from .backends.factored import (
+    FEASIBILITY_TOLERANCE,
+    factored,
+    product_allowance,
+    rounded,
+    safe_bound,
+    settled,
+)
 from .base import Budget, Group, Outcome, Solver, Status
+from .presolve import thinned
 from .row_wise import RowResult, better, check_jobs, check_limits, row_deadline, solve_rows
 
 # Why HiGHS stopped, by the name of its model status.
@@ -90,15 +98,18 @@ class HiGHS(Solver):
 
     def _solve_row(self, program: RowProgram, start: BoolArray, deadline: float) -> RowResult:
         deadline = row_deadline(deadline, self.time_limit)
-        scaled = program.rescaled(start)
+        reduced, inner, threshold = thinned(program, start)
+        scaled = reduced.program
+        if scaled.size == 0:
+            return settled(program, reduced, start, threshold)
         model = _Model(self, scaled, deadline)
         if self.formulation == "mccormick":
-            found, lower, status = _mccormick(model, start)
+            found, lower, status = _mccormick(model, inner)
         else:
-            found, lower, status = _outer_approximation(model, start)
+            found, lower, status = _outer_approximation(model, inner)
         return RowResult(
-            better(program, found, start),
-            float(np.nextafter(max(0.0, lower) * scaled.unit, 0.0)),
+            better(program, reduced.expand(found), start),
+            float(np.nextafter(max(0.0, min(lower, threshold)) * scaled.unit, 0.0)),
             status,
             {"nodes": float(model.nodes)},
         )
@@ -183,7 +194,9 @@ class _Model:
         if self.options.node_limit is not None:
             nodes = max(1, self.options.node_limit - self.nodes)
             self._check(self.highs.setOptionValue("mip_max_nodes", nodes), "mip_max_nodes")
-        self._check(self.highs.run(), "run")
+        if self.highs.run() == self.library.HighsStatus.kError:
+            # numerical trouble inside HiGHS: what was proven before stands
+            return Status.INTERRUPTED
         name = str(self.highs.getModelStatus()).rsplit(".", 1)[-1]
         if name not in STATUS_MAP:
             raise InvalidOutcomeError(
@@ -252,7 +265,8 @@ def _outer_approximation(model: _Model, start: BoolArray) -> tuple[BoolArray, fl
         values = shape.factor @ best
         model.start_from(np.concatenate([best.astype(np.float64), values, np.square(values)]))
         status = model.run()
-        lower = max(lower, safe_bound(model.dual_bound(), shape.allowance))
+        if status is not Status.INTERRUPTED:
+            lower = max(lower, safe_bound(model.dual_bound(), shape.allowance))
         values = model.values()
         point = None if values is None else rounded(program, values[:n])
         if point is not None:

@@ -60,6 +60,54 @@ class Reduced:
         return Reduced(restriction.program, self.free[restriction.free], fixed), restriction
 
 
+def descended(program: RowProgram, start: BoolArray) -> BoolArray:
+    """The 1-swap optimum that best swaps from ``start`` (n,) lead to, in plain numpy."""
+    same_block = program.block_of[:, None] == program.block_of[None, :]
+    diagonal = program.quadratic.diagonal()
+    point, value = start, program.objective(start)
+    while program.size:
+        c = program.quadratic @ point + program.linear
+        change = (diagonal - 2 * c)[:, None] + (diagonal + 2 * c)[None, :] - 2 * program.quadratic
+        change[~(same_block & point[:, None] & ~point[None, :])] = np.inf
+        u, v = divmod(int(change.argmin()), program.size)
+        swapped = point.copy()
+        swapped[[u, v]] = [False, True]
+        after = program.objective(swapped)
+        if not after < value:
+            break
+        point, value = swapped, after
+    return point
+
+
+def thinned(program: RowProgram, start: BoolArray) -> tuple[Reduced, BoolArray, float]:
+    """A rescaled program without the variables that are far too dear, for solvers with absolute tolerances.
+
+    Args:
+        program: at its original scale.
+        start: an allowed selection (n,), whose cost is what a better one must stay below.
+
+    Returns:
+        What is left, rescaled so that a good selection costs about 100; a start for it, 1-swap optimal; and
+        the cost, in its units, that every selection excluded by the fixing has at least.
+    """
+    start = descended(program, start)
+    scaled = program.rescaled(start)
+    threshold = scaled.objective(start)
+    reduced = Reduced.nothing(scaled)
+    while reduced.program.size:
+        decided = eigenvalue_fixing(reduced.program, threshold)
+        if not bool((decided >= 0).any()):
+            break
+        smaller, _ = reduced.fix(decided)
+        if smaller.infeasible:
+            break
+        reduced = smaller
+    inner = start[reduced.free]
+    if reduced.program.size and not reduced.program.is_feasible(inner):
+        inner = reduced.program.cheapest(reduced.program.quadratic.diagonal() + 2 * reduced.program.linear)
+    return reduced, inner, threshold
+
+
 def reduced_cost_fixing(
     split: ConvexSplit, point: FloatArray, threshold: float
 ) -> tuple[float, npt.NDArray[np.int8]]:

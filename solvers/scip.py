@@ -33,8 +33,10 @@ from .backends.factored import (
     product_allowance,
     rounded,
     safe_bound,
+    settled,
 )
 from .base import Budget, Group, Outcome, Solver, Status
+from .presolve import thinned
 from .row_wise import RowResult, better, check_jobs, check_limits, row_deadline, solve_rows
 
 # Why SCIP stopped. `gaplimit` is success: limits/gap is the solver's gap_limit.
@@ -91,7 +93,10 @@ class SCIP(Solver):
 
     def _solve_row(self, program: RowProgram, start: BoolArray, deadline: float) -> RowResult:
         deadline = row_deadline(deadline, self.time_limit)
-        scaled = program.rescaled(start)
+        reduced, inner, threshold = thinned(program, start)
+        scaled = reduced.program
+        if scaled.size == 0:
+            return settled(program, reduced, start, threshold)
         library = importlib.import_module("pyscipopt")
         model = library.Model()
         model.hideOutput()
@@ -99,8 +104,8 @@ class SCIP(Solver):
         for begin, end, count in zip(scaled.starts[:-1], scaled.starts[1:], scaled.counts, strict=True):
             model.addCons(library.quicksum(x[begin:end]) == int(count))
         build = {"qcr": _qcr, "direct": _direct, "mccormick": _mccormick}[self.formulation]
-        allowance, auxiliary = build(library, model, x, scaled, start, deadline)
-        _warm_start(model, x, start, auxiliary)
+        allowance, auxiliary = build(library, model, x, scaled, inner, deadline)
+        _warm_start(model, x, inner, auxiliary)
         self._set_limits(model, deadline)
         model.optimize()
         status = model.getStatus()
@@ -114,8 +119,8 @@ class SCIP(Solver):
             best = model.getBestSol()
             point = rounded(scaled, np.array([model.getSolVal(best, variable) for variable in x]))
             if point is not None:
-                found = better(program, point, start)
-        lower = safe_bound(float(model.getDualbound()), allowance)
+                found = better(program, reduced.expand(point), start)
+        lower = min(safe_bound(float(model.getDualbound()), allowance), threshold)
         return RowResult(
             found,
             float(np.nextafter(max(0.0, lower) * scaled.unit, 0.0)),

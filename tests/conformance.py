@@ -24,8 +24,6 @@ SOLVERS: list[ss.Solver] = [
     ss.Enumeration(),
     ss.IteratedLocalSearch(kicks=20),
     ss.BranchAndBound(),
-    ss.SCIP(),
-    ss.HiGHS(),
     ss.CorrEigenvalue(),
     ss.Naive(),
     ss.SharedSplit(rounds=2),

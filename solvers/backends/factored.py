@@ -17,8 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...problems.row_program import BoolArray, FloatArray, RowProgram
-from ..bounds.convex_split import face_basis
+from ..base import Status
+from ..bounds.convex_split import EPSILON, ROUNDING_FACTOR, face_basis
 from ..bounds.qcr import qcr_split
+from ..presolve import Reduced
+from ..row_wise import RowResult, better
 
 # Feasibility tolerance that the libraries are asked for; what it can move is taken off their bounds.
 FEASIBILITY_TOLERANCE = 1e-7
@@ -91,6 +94,15 @@ def safe_bound(claimed: float, allowance: float, constant: float = 0.0) -> float
     if not np.isfinite(claimed) or abs(claimed) >= 1e19:
         return -np.inf
     return claimed + constant - allowance - BOUND_SHARE * max(1.0, abs(claimed))
+
+
+def settled(program: RowProgram, reduced: Reduced, start: BoolArray, threshold: float) -> RowResult:
+    """The result of a row that presolve alone has solved: one selection is left."""
+    point = better(program, reduced.fixed, start)
+    lower = min(reduced.program.constant, threshold)
+    lower -= ROUNDING_FACTOR * EPSILON * program.size * max(threshold, abs(reduced.program.constant))
+    bound = float(np.nextafter(max(0.0, lower) * reduced.program.unit, 0.0))
+    return RowResult(point, bound, Status.FINISHED, {"nodes": 0.0})
 
 
 def rounded(program: RowProgram, values: FloatArray) -> BoolArray | None:
