@@ -28,7 +28,7 @@ import numpy as np
 from numba import njit
 from numba.extending import intrinsic
 
-from .scaling import LARGEST_FLOAT32, NARROW_BLOCK, NOISE, REFRESHES, WALKS
+from .scaling import LARGEST_FLOAT32, NARROW_BLOCK, NOISE, RANKS, REFRESHES, WALKS
 
 # Without NaNs and signed zeros LLVM vectorises minima; sums keep their order, so results are repeatable.
 OPTIONS: dict[str, Any] = {
@@ -156,15 +156,28 @@ def swap_change(R: Array, delta: Array, kept_q: Array, pruned_q: Array, pruned: 
 
 @njit(**OPTIONS)
 def two_lines(
-    R: Array, delta: Array, kept_q: Array, pruned_q: Array, first: int, last: int
+    R: Array,
+    delta: Array,
+    kept_q: Array,
+    pruned_q: Array,
+    lowest_kept: int,
+    lowest_pruned: int,
+    first: int,
+    last: int,
 ) -> tuple[Any, int, int]:
     """The better of u0's best partner and p0's best partner: (Δ, u, p).
 
-    ``u0`` and ``p0`` have the lowest q of the kept and of the pruned weights of the block.
+    Args:
+        R: correlation (cols, cols).
+        delta: ``δ`` (cols,).
+        kept_q: ``a`` (cols,).
+        pruned_q: ``b`` (cols,).
+        lowest_kept: u0, the kept weight of the block with the lowest q.
+        lowest_pruned: p0, the pruned weight of the block with the lowest q.
+        first: where the block begins.
+        last: where it ends.
     """
     two = delta.dtype.type(2)
-    lowest_kept = argmin(kept_q, first, last)
-    lowest_pruned = argmin(pruned_q, first, last)
     partner = line_argmin(pruned_q, delta, R[lowest_kept], two * delta[lowest_kept], first, last)
     other = line_argmin(kept_q, delta, R[lowest_pruned], two * delta[lowest_pruned], first, last)
     change = swap_change(R, delta, kept_q, pruned_q, lowest_kept, partner)
@@ -172,6 +185,50 @@ def two_lines(
     if other_change < change:
         return other_change, other, lowest_pruned
     return change, lowest_kept, partner
+
+
+@njit(**OPTIONS)
+def ranked_lines(
+    R: Array, delta: Array, kept_q: Array, pruned_q: Array, block: int, limit: Any, ranks: int, work: Array
+) -> tuple[Any, int, int]:
+    """Two lines per block, of the lowest q, the second lowest and so on, until a swap has Δ < ``limit``.
+
+    Returns (Δ, u, p) of the best candidate of the first rank that has one, or (``limit``, -1, -1).
+
+    Args:
+        R: correlation (cols, cols).
+        delta: ``δ`` (cols,).
+        kept_q: ``a`` (cols,).
+        pruned_q: ``b`` (cols,).
+        block: width of the pattern's blocks.
+        limit: what Δ must stay below.
+        ranks: how many ranks to try.
+        work: work space (2, cols).
+    """
+    cols = len(delta)
+    big = big_of(delta)
+    kept_left, pruned_left = kept_q, pruned_q
+    best, best_u, best_p = limit, -1, -1
+    for rank in range(ranks):
+        if rank == 1:
+            kept_left, pruned_left = work[0], work[1]
+            kept_left[:cols] = kept_q
+            pruned_left[:cols] = pruned_q
+            for first in range(0, cols, block):
+                kept_left[argmin(kept_q, first, first + block)] = big
+                pruned_left[argmin(pruned_q, first, first + block)] = big
+        for first in range(0, cols, block):
+            last = first + block
+            u0, p0 = argmin(kept_left, first, last), argmin(pruned_left, first, last)
+            change, u, p = two_lines(R, delta, kept_q, pruned_q, u0, p0, first, last)
+            if change < best:
+                best, best_u, best_p = change, u, p
+            if rank > 0:
+                kept_left[u0] = big
+                pruned_left[p0] = big
+        if best_u >= 0:
+            break
+    return best, best_u, best_p
 
 
 @njit(**OPTIONS)
@@ -622,17 +679,17 @@ def walk_row(
                 if held[h] >= 0:
                     best_state[1 if mask[held[h]] else 2, held[h]] = held_q[h]
             at_best = False
-        change, u, p = big, -1, -1
+        change, u, p = half, -1, -1
         if moves - last_gain < patience:
-            for first in range(0, cols, block):
-                last = first + block
-                if block <= NARROW_BLOCK:
+            if block <= NARROW_BLOCK:
+                for first in range(0, cols, block):
+                    last = first + block
                     found, found_u, found_p = all_pairs(R, delta, mask, kept_q, pruned_q, first, last)
-                else:
-                    found, found_u, found_p = two_lines(R, delta, kept_q, pruned_q, first, last)
-                if found < change:
-                    change, u, p = found, found_u, found_p
-        if change > half:
+                    if found < change:
+                        change, u, p = found, found_u, found_p
+            else:
+                change, u, p = ranked_lines(R, delta, kept_q, pruned_q, block, half, 1, work[5:])
+        if u < 0:
             break
         from_u, from_p = two * delta[u], two * delta[p]
         make_swap(R, delta, mask, kept_q, pruned_q, u, p)
@@ -768,7 +825,9 @@ def best_swaps_of_tile(
             if block <= NARROW_BLOCK:
                 low, u, p = all_pairs(R, delta, mask[r], kept_q, pruned_q, first, first + block)
             else:
-                known, u, p = two_lines(R, delta, kept_q, pruned_q, first, first + block)
+                u0 = argmin(kept_q, first, first + block)
+                p0 = argmin(pruned_q, first, first + block)
+                known, u, p = two_lines(R, delta, kept_q, pruned_q, u0, p0, first, first + block)
                 low, u, p = best_pair(
                     R,
                     delta,
@@ -854,10 +913,8 @@ def descend_row(
                 if change < best:
                     best, pruned, restored = change, u, p
         else:
-            for first in range(0, cols, block):
-                change, u, p = two_lines(R, delta, kept_q, pruned_q, first, first + block)
-                if change < best:
-                    best, pruned, restored = change, u, p
+            ranks = 1 if steepest else RANKS
+            best, pruned, restored = ranked_lines(R, delta, kept_q, pruned_q, block, limit, ranks, work[5:])
             if steepest or pruned < 0:
                 known = best
                 for first in range(0, cols, block):

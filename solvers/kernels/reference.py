@@ -10,8 +10,9 @@ Two searches, both until no swap has Δ < -limit, half the tolerated share of th
 
 - ``best``: the swap with the lowest Δ, the paper's steepest descent.
 - ``lazy``: per block, u0 and p0 have the lowest q of the kept and of the pruned weights; the candidate is
-  u0 with its best partner or p0 with its best partner, whichever is lower. The best candidate of all
-  blocks is taken. Only if none improves, the swap with the lowest Δ of all is taken.
+  u0 with its best partner or p0 with its best partner, whichever is lower, and the best candidate of all
+  blocks is taken. If it does not improve, the second lowest q of both sides are tried in the same way, and
+  so on. Only if none of ``RANKS`` ranks improves, the swap with the lowest Δ of all is taken.
 
 A tabu walk starts from the optimum that the descent reached: each move is the best lazy candidate,
 improving or not, of weights that did not move in the last ``tenure`` moves, until ``patience`` moves have
@@ -24,6 +25,7 @@ searches are the same.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -31,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .scaling import NARROW_BLOCK, REFRESHES, WALKS, rounding_noise
+from .scaling import NARROW_BLOCK, RANKS, REFRESHES, WALKS, rounding_noise
 
 # Entries of Δ that are held at once.
 DELTA_ENTRIES = 1 << 24
@@ -315,24 +317,39 @@ class _Rows:
         if search == "best" or self.block <= NARROW_BLOCK:
             return self._best_of_pairs(self.mask, ~self.mask)
         change, pruned, restored = self.candidate(self.mask, ~self.mask)
-        stuck = (change >= -limit).nonzero().squeeze(1)
-        if len(stuck):
-            chosen = _Rows.__new__(_Rows)
-            chosen.__dict__.update(self.__dict__)
-            chosen.keep(stuck)
-            best = chosen._best_of_pairs(chosen.mask, ~chosen.mask)
-            change[stuck], pruned[stuck], restored[stuck] = best
+        for rank in range(1, RANKS + 1):
+            stuck = (change >= -limit).nonzero().squeeze(1)
+            if not len(stuck):
+                break
+            rows = self.copy_of(stuck)
+            if rank < RANKS:
+                found = rows.candidate(rows.mask, ~rows.mask, rank)
+            else:
+                found = rows._best_of_pairs(rows.mask, ~rows.mask)
+            change[stuck], pruned[stuck], restored[stuck] = found
         return change, pruned, restored
 
-    def candidate(self, kept: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(Δ, u, p) of the best lazy candidate among the given ``kept`` and ``pruned`` (rows, cols)."""
+    def copy_of(self, chosen: Tensor) -> _Rows:
+        """The chosen rows."""
+        rows = copy.copy(self)
+        rows.keep(chosen)
+        return rows
+
+    def candidate(self, kept: Tensor, pruned: Tensor, rank: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """(Δ, u, p) of the best lazy candidate among the given ``kept`` and ``pruned`` (rows, cols).
+
+        ``rank`` counts how many lower q of each side and block are passed over; Δ is infinite where a
+        block has no more.
+        """
         if self.block <= NARROW_BLOCK:
             return self._best_of_pairs(kept, pruned)
         q, step, inside, shape = self._blocks()
         kept_q = q.masked_fill(~kept.view(shape), torch.inf)
         pruned_q = q.masked_fill(~pruned.view(shape), torch.inf)
         number = torch.arange(shape[1], device=q.device)
-        u0, p0 = _first_argmin(kept_q)[..., None], _first_argmin(pruned_q)[..., None]
+        # stable: ties go to the lowest index
+        u0 = kept_q.argsort(dim=2, stable=True)[..., rank : rank + 1]
+        p0 = pruned_q.argsort(dim=2, stable=True)[..., rank : rank + 1]
         of_u0 = kept_q.gather(2, u0) + pruned_q + 2 * step.gather(2, u0) * step * inside[number, u0[..., 0]]
         of_p0 = pruned_q.gather(2, p0) + kept_q + 2 * step.gather(2, p0) * step * inside[number, p0[..., 0]]
         partner, other = _first_argmin(of_u0)[..., None], _first_argmin(of_p0)[..., None]

@@ -28,6 +28,8 @@ NOISE = 4.0
 NARROW_BLOCK = 32
 # A row whose fresh costs contradict the updated ones this often is beyond its floating-point type.
 REFRESHES = 64
+# Lines of so many of the lowest q of both sides are tried before all pairs are.
+RANKS = 16
 # The most tabu walks of a row; each starts from a better local optimum than the one before.
 WALKS = 32
 # Kept weights this much larger than the row's scale leave the range of float32 states.
