@@ -55,8 +55,8 @@ class BranchAndBound(Solver):
         jobs: processes that share the rows.
 
     A row ends as ``finished`` (its gap is at most ``gap_limit``, up to rounding), ``time_limit`` or
-    ``node_limit``, in each case with its incumbent and a proven bound. Stats per row: ``nodes``, ``seconds``,
-    ``search_seconds`` (inside the tree) and ``fixed`` (variables that presolve fixed).
+    ``node_limit``, in each case with its incumbent and a proven bound. Stats per row: ``nodes``, ``seconds``, ``cpu_seconds``,
+    ``search_seconds`` (processor time inside the tree) and ``fixed`` (variables that presolve fixed).
     """
 
     name: ClassVar[str] = "branch-and-bound"
@@ -217,7 +217,7 @@ class _Proof:
             self.upper,
         )
         limit = min(nodes, self.node_limit - self.nodes)
-        began = time.perf_counter()
+        began = time.thread_time()
         done = False
         while not done and levels.state[NODES] < limit and time.monotonic() < self.deadline:
             done = search(
@@ -234,7 +234,7 @@ class _Proof:
             )
         if levels.upper[0] < self.upper:
             self._offer(self.reduced.expand(levels.incumbent))
-        self.search_seconds += time.perf_counter() - began
+        self.search_seconds += time.thread_time() - began
         self.nodes += int(levels.state[NODES])
         if not done:
             # what was fixed or pruned away costs at least the threshold

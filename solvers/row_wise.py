@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -83,18 +83,17 @@ def solve_rows(
     objectives = problem.row_objectives(start).cpu()
     bounds = torch.zeros(problem.rows, dtype=torch.float64)
     statuses = [Status.TIME_LIMIT] * problem.rows
-    stats: dict[str, Tensor] = {"seconds": torch.zeros(problem.rows, dtype=torch.float64)}
+    stats: dict[str, Tensor] = {}
     trace = [TracePoint(0.0, float(objectives.sum()))]
     tasks = ((row, row_program(problem, row), pruned[row]) for row in range(problem.rows))
     done = 0
     try:
-        for row, result, seconds in _results(tasks, solve_row, deadline, jobs):
+        for row, result in _results(tasks, solve_row, deadline, jobs):
             chosen = torch.from_numpy(~result.pruned).to(mask.device)
             mask[row] = chosen
             objectives[row] = _one_row(problem, row, chosen)
             bounds[row] = min(max(result.bound, 0.0), float(objectives[row]))
             statuses[row] = result.status
-            stats["seconds"][row] = seconds
             for name, value in result.stats.items():
                 stats.setdefault(name, torch.zeros(problem.rows, dtype=torch.float64))[row] = value
             done += 1
@@ -125,20 +124,18 @@ def overall(statuses: Iterable[Status]) -> Status:
 Task = tuple[int, RowProgram, BoolArray]
 
 
-def _timed(
-    task: Task, solve_row: SolveRow, deadline: float
-) -> tuple[int, RowResult, float] | tuple[int, None, float]:
+def _timed(task: Task, solve_row: SolveRow, deadline: float) -> tuple[int, RowResult | None]:
+    """The result of one row with its wall-clock and processor seconds, None if it is too late for it."""
     row, program, start = task
-    began = time.monotonic()
+    began, cpu = time.monotonic(), time.process_time()
     if began >= deadline:
-        return row, None, 0.0
+        return row, None
     result = solve_row(program, start, deadline)
-    return row, result, time.monotonic() - began
+    times = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - cpu}
+    return row, replace(result, stats={**result.stats, **times})
 
 
-def _timed_alone(
-    task: Task, solve_row: SolveRow, deadline: float
-) -> tuple[int, RowResult, float] | tuple[int, None, float]:
+def _timed_alone(task: Task, solve_row: SolveRow, deadline: float) -> tuple[int, RowResult | None]:
     """``_timed`` in a worker process, where one thread per process is right."""
     torch.set_num_threads(1)
     return _timed(task, solve_row, deadline)
@@ -146,9 +143,9 @@ def _timed_alone(
 
 def _results(
     tasks: Iterable[Task], solve_row: SolveRow, deadline: float, jobs: int
-) -> Iterator[tuple[int, RowResult, float]]:
+) -> Iterator[tuple[int, RowResult]]:
     if jobs == 1:
-        outcomes: Iterable[tuple[int, RowResult | None, float]] = (
+        outcomes: Iterable[tuple[int, RowResult | None]] = (
             _timed(task, solve_row, deadline) for task in tasks
         )
     else:
@@ -157,9 +154,9 @@ def _results(
         # fresh interpreters (loky): safe beside threads of torch and numba, and needs no __main__ guard
         pool = Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch="2*n_jobs")
         outcomes = pool(delayed(_timed_alone)(task, solve_row, deadline) for task in tasks)
-    for row, result, seconds in outcomes:
+    for row, result in outcomes:
         if result is not None:
-            yield row, result, seconds
+            yield row, result
 
 
 def _one_row(problem: LayerProblem, row: int, kept: Tensor) -> float:
