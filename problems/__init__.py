@@ -4,17 +4,20 @@ from .export import export_row, read_references, write_references
 from .files import load_instance, save_instance
 from .gram import Gram, GramAccumulator
 from .layer import Drift, LayerProblem
-from .pattern import SparsityPattern
+from .pattern import LayerBudget, Pattern, SparsityPattern, parse_pattern
 from .synthetic import synthetic_activations, synthetic_layer
 
 __all__ = [
     "Drift",
     "Gram",
     "GramAccumulator",
+    "LayerBudget",
     "LayerProblem",
+    "Pattern",
     "SparsityPattern",
     "export_row",
     "load_instance",
+    "parse_pattern",
     "read_references",
     "save_instance",
     "synthetic_activations",

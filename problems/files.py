@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from ..errors import InvalidFileError
 from .gram import Gram
 from .layer import Drift, LayerProblem
-from .pattern import SparsityPattern
+from .pattern import LayerBudget, SparsityPattern
 
 FORMAT = "sparseswaps-instance-1"
 
@@ -39,7 +39,13 @@ def save_instance(
         tensors["drift_constant"] = problem.drift.constant.cpu().contiguous()
     metadata = {
         "format": FORMAT,
-        "pattern": json.dumps({"keep": problem.pattern.keep, "block": problem.pattern.block}),
+        "pattern": json.dumps(
+            {
+                "keep": problem.pattern.keep,
+                "block": problem.pattern.block,
+                "scope": "layer" if isinstance(problem.pattern, LayerBudget) else "block",
+            }
+        ),
         "name": problem.name,
         "tokens": str(problem.gram.tokens),
         "provenance": json.dumps(dict(provenance or {}), sort_keys=True),
@@ -86,10 +92,11 @@ def load_instance_with_provenance(path: str | os.PathLike[str]) -> tuple[LayerPr
     if "drift_linear" in tensors:
         drift = Drift(tensors["drift_linear"], tensors["drift_constant"])
     pattern = json.loads(metadata["pattern"])
+    kind = LayerBudget if pattern.pop("scope", "block") == "layer" else SparsityPattern
     problem = LayerProblem(
         tensors["weight"],
         Gram(tensors["gram"], int(metadata["tokens"])),
-        SparsityPattern(**pattern),
+        kind(**pattern),
         drift,
         metadata["name"],
     )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import InvalidProblemError
 from .gram import Gram, GramAccumulator
-from .pattern import SparsityPattern
+from .pattern import Pattern
 
 # Rows of a float64 product that are computed at once: bounds the memory beside the Gram matrix.
 ROW_CHUNK = 1024
@@ -70,7 +70,7 @@ class LayerProblem:
 
     weight: Tensor
     gram: Gram
-    pattern: SparsityPattern
+    pattern: Pattern
     drift: Drift | None = None
     name: str = ""
 

@@ -121,3 +121,92 @@ class SparsityPattern:
 
     def __str__(self) -> str:
         return f"{self.keep}:{self.block}"
+
+
+@dataclass(frozen=True)
+class LayerBudget:
+    """Keep exactly ``keep · rows`` weights of a layer of ``block`` columns, however they fall on the rows.
+
+    Equal sparsity per layer instead of per row: rows that need more weights take them from others, and
+    a row may keep none or all.
+
+    Args:
+        keep: weights kept per row on average.
+        block: columns of the layer.
+
+    Raises:
+        InvalidPatternError: unless 0 < keep < block.
+    """
+
+    keep: int
+    block: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep < self.block:
+            raise InvalidPatternError(
+                f"a layer budget keeps between 1 and cols - 1 weights per row on average: "
+                f"expected 0 < keep < {self.block}, found keep = {self.keep}"
+            )
+
+    @classmethod
+    def parse(cls, text: str, cols: int) -> LayerBudget:
+        """Read ``layer:0.5`` or ``layer:50%`` for rows of ``cols`` weights.
+
+        Raises:
+            InvalidPatternError: if the text is neither or does not fit ``cols``.
+        """
+        kind, colon, share = text.strip().partition(":")
+        if kind != "layer" or not colon or ":" in share:
+            raise InvalidPatternError(
+                f"a layer budget is layer: and a share of pruned weights: expected layer:0.5 or layer:50%, "
+                f"found {text!r}"
+            )
+        row = SparsityPattern.parse(share, cols)
+        return cls(row.keep, row.block)
+
+    def check_cols(self, cols: int) -> None:
+        """Raise ``InvalidPatternError`` unless rows have as many columns as the budget."""
+        if cols != self.block:
+            raise InvalidPatternError(
+                f"pattern {self} is for one layer: expected {self.block} columns, found {cols}"
+            )
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned share of the weights, in (0, 1)."""
+        return 1 - self.keep / self.block
+
+    def is_per_row(self, cols: int) -> bool:
+        """False: the rows share one budget."""
+        return False
+
+    def top_k(self, scores: Tensor) -> Tensor:
+        """Mask (rows, cols) that keeps the largest scores; ties go to the lowest row, then column."""
+        rows, cols = scores.shape
+        self.check_cols(cols)
+        order = scores.flatten().argsort(descending=True, stable=True)
+        mask = torch.zeros(rows * cols, dtype=torch.bool, device=scores.device)
+        mask[order[: self.keep * rows]] = True
+        return mask.view(rows, cols)
+
+    def allows(self, mask: Tensor) -> bool:
+        """Whether ``mask`` (rows, cols) keeps ``keep · rows`` weights."""
+        rows, cols = mask.shape
+        return mask.dtype == torch.bool and cols == self.block and int(mask.sum()) == self.keep * rows
+
+    def __str__(self) -> str:
+        return f"layer {self.keep}:{self.block}"
+
+
+Pattern = SparsityPattern | LayerBudget
+
+
+def parse_pattern(text: str, cols: int) -> Pattern:
+    """Read ``0.5``, ``50%``, ``2:4`` or ``layer:0.5`` for rows of ``cols`` weights.
+
+    Raises:
+        InvalidPatternError: if the text is none of these or does not fit ``cols``.
+    """
+    if text.strip().startswith("layer:"):
+        return LayerBudget.parse(text, cols)
+    return SparsityPattern.parse(text, cols)

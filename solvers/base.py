@@ -18,8 +18,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import InvalidOutcomeError, InvalidProblemError, NoIncumbentError, SolverNotInstalledError
+from ..errors import (
+    InvalidOutcomeError,
+    InvalidProblemError,
+    NoIncumbentError,
+    SolverNotInstalledError,
+    UnsupportedProblemError,
+)
 from ..problems.layer import LayerProblem
+from ..problems.pattern import LayerBudget
 
 # Bounds and objectives are computed in float64 by different routes; more than this is a false proof.
 BOUND_TOLERANCE = 1e-6
@@ -159,11 +166,13 @@ class Solver(ABC):
         name: what the command line calls it.
         group: what kind of method it is.
         requires: libraries that it imports, by module name.
+        layer_budget: whether it covers patterns whose rows share one budget.
     """
 
     name: ClassVar[str]
     group: ClassVar[Group]
     requires: ClassVar[tuple[str, ...]] = ()
+    layer_budget: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
@@ -192,6 +201,7 @@ def solve(
     Raises:
         InvalidProblemError: if ``init`` does not fit.
         SolverNotInstalledError: if a library is missing.
+        UnsupportedProblemError: if the solver does not cover the pattern.
         NoIncumbentError: if a limit was reached before any mask was found.
         InvalidOutcomeError: if the solver's mask or bound does not hold what it claims.
     """
@@ -199,6 +209,11 @@ def solve(
         raise SolverNotInstalledError(
             f"solver {solver.name} needs {' and '.join(missing)}: expected it to be installed, "
             f"found none; run pip install {' '.join(missing)}"
+        )
+    if isinstance(problem.pattern, LayerBudget) and not solver.layer_budget:
+        raise UnsupportedProblemError(
+            f"solver {solver.name} prunes each row by itself: expected a pattern of rows or blocks, "
+            f"found the budget of a whole layer ({problem.pattern})"
         )
     if isinstance(init, Solution):
         init = init.mask

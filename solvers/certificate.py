@@ -11,15 +11,17 @@ its own; a search that started elsewhere is usually held to its starting error.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, InvalidProblemError
 from ..problems.layer import LayerProblem
+from ..problems.pattern import LayerBudget
 from .kernels import kernels_for
 from .kernels.scaling import rounding_noise
+from .layer_budget import best_exchange, exchange_limit
 from .local_search import row_batches, scaled_rows
 
 
@@ -34,6 +36,10 @@ class Certificate:
         restored: column that this swap restores (rows,), int64.
         limit: a row is certified if its smallest Δ is at least ``-limit`` (rows,), float64.
         tolerance: share of the reference error that counts as an improvement.
+        smallest_exchange: smallest Δ of any swap between rows, where the pattern allows them (a
+            ``LayerBudget``); else infinite.
+        exchange: that swap: (row a, column pruned in it, row b, column restored in it).
+        exchange_limit: exchanges are certified if the smallest Δ is at least ``-exchange_limit``.
     """
 
     certified: Tensor
@@ -42,11 +48,14 @@ class Certificate:
     restored: Tensor
     limit: Tensor
     tolerance: float
+    smallest_exchange: float = float("inf")
+    exchange: tuple[int, int, int, int] = (0, 0, 0, 0)
+    exchange_limit: float = 0.0
 
     @property
     def holds(self) -> bool:
-        """Whether every row is certified."""
-        return bool(self.certified.all())
+        """Whether every row is certified, and every exchange where the pattern allows them."""
+        return bool(self.certified.all()) and self.smallest_exchange >= -self.exchange_limit
 
     @property
     def share(self) -> float:
@@ -106,4 +115,13 @@ def certify(
         noises.append(rounding_noise(scaled.weight, scaled.drift, mask[rows]) * square)
     change = torch.cat(changes)
     limit = torch.maximum(tolerance * reference.to(change), torch.cat(noises))
-    return Certificate(change >= -limit, change, torch.cat(pruned), torch.cat(restored), limit, tolerance)
+    found = Certificate(change >= -limit, change, torch.cat(pruned), torch.cat(restored), limit, tolerance)
+    if not isinstance(problem.pattern, LayerBudget):
+        return found
+    exchange_change, exchange = best_exchange(problem, mask)
+    return replace(
+        found,
+        smallest_exchange=exchange_change,
+        exchange=exchange,
+        exchange_limit=exchange_limit(problem, reference, tolerance),
+    )

@@ -50,6 +50,11 @@ class Sequence(Solver):
         """The most powerful group among the members."""
         return _chain_group(self.solvers)
 
+    @property
+    def layer_budget(self) -> bool:  # type: ignore[override]  # depends on the members
+        """Whether all members cover patterns whose rows share one budget."""
+        return all(solver.layer_budget for solver in self.solvers)
+
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
         """Run the members in order."""
         deadline = budget.deadline()

@@ -14,9 +14,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, UnsupportedProblemError
 from ..problems.layer import LayerProblem
+from ..problems.pattern import LayerBudget
 from .base import Budget, Group, Outcome, Solver, Status
+from .layer_budget import descend_budget
 from .local_search import descend_layer
 from .scores import warm_start
 
@@ -40,11 +42,13 @@ class OneSwap(Solver):
         search: ``lazy`` or ``best``.
 
     The warm start is ``init``, or Wanda's mask if there is none. Stats per row: ``swaps`` and
-    ``certified`` (1 where the row is a certified 1-swap optimum).
+    ``certified`` (1 where the row is a certified 1-swap optimum). With a ``LayerBudget`` weights also move
+    between rows (stat ``exchanges``), see ``layer_budget``.
     """
 
     name: ClassVar[str] = "one-swap"
     group: ClassVar[Group] = Group.LOCAL_SEARCH
+    layer_budget: ClassVar[bool] = True
 
     max_swaps: int | None = None
     tolerance: float = 1e-6
@@ -62,6 +66,13 @@ class OneSwap(Solver):
         """Descend from the warm start; rows that a time limit cuts off keep it."""
         deadline = budget.deadline()
         start = warm_start(problem, init)
+        if isinstance(problem.pattern, LayerBudget):
+            if self.max_swaps is not None:
+                raise UnsupportedProblemError(
+                    f"one-swap with the budget of a whole layer: expected no limit of swaps per row, "
+                    f"found max_swaps = {self.max_swaps}"
+                )
+            return descend_budget(problem, start, self.tolerance, self.search, budget)
         descent = descend_layer(problem, start, self.tolerance, self.max_swaps, self.search, budget, deadline)
         statuses = row_statuses(descent.converged, descent.swaps, self.max_swaps)
         return Outcome(

@@ -22,6 +22,7 @@ class Random(Solver):
 
     name: ClassVar[str] = "random"
     group: ClassVar[Group] = Group.SCORE
+    layer_budget: ClassVar[bool] = True
 
     seed: int = 0
 
@@ -39,6 +40,7 @@ class Magnitude(Solver):
 
     name: ClassVar[str] = "magnitude"
     group: ClassVar[Group] = Group.SCORE
+    layer_budget: ClassVar[bool] = True
 
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
         """Score and select."""
@@ -52,6 +54,7 @@ class Wanda(Solver):
 
     name: ClassVar[str] = "wanda"
     group: ClassVar[Group] = Group.SCORE
+    layer_budget: ClassVar[bool] = True
 
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
         """Score and select."""
@@ -69,6 +72,7 @@ class RIA(Solver):
 
     name: ClassVar[str] = "ria"
     group: ClassVar[Group] = Group.SCORE
+    layer_budget: ClassVar[bool] = True
 
     alpha: float = 0.5
 

@@ -22,7 +22,7 @@ def smallest_change(weight, gram, mask, block, linear=None):
         kept, pruned = np.flatnonzero(m), np.flatnonzero(~m)
         change = (2 * w * c + square)[kept][:, None] + (square - 2 * w * c)[pruned][None, :]
         change -= 2 * np.outer(w[kept], w[pruned]) * gram[np.ix_(kept, pruned)]
-        lowest[row] = np.where(same_block[np.ix_(kept, pruned)], change, np.inf).min()
+        lowest[row] = np.where(same_block[np.ix_(kept, pruned)], change, np.inf).min(initial=np.inf)
     return lowest
 
 

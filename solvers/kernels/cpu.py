@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu_loops import BOUND_SLACK, Array, best_swaps_of_tile, descend_tile, prune_tile
+from .cpu_loops import BOUND_SLACK, Array, best_swaps_of_tile, descend_tile, exchange_loop, prune_tile
 from .reference import BestSwaps, Descent
 
 # Rows that share one pass over R; fewer when there are few rows or when time is short.
 TILE = 128
+# Swaps between rows that are made between two looks at the clock.
+EXCHANGES = 10_000
 UNLIMITED = np.iinfo(np.int64).max
 
 
@@ -164,6 +166,23 @@ def prune(
 
     for_tiles(work, rows, deadline)
     return torch.from_numpy(kept), torch.from_numpy(finished)
+
+
+def exchange_rows(
+    correlation: Tensor,
+    delta: Tensor,
+    q: Tensor,
+    mask: Tensor,
+    limit: float,
+    deadline: float = float("inf"),
+) -> Tensor:
+    """Swap between rows until none improves, see ``reference.exchange_rows``; one thread."""
+    touched = torch.zeros(len(q), dtype=torch.int64)
+    state = delta.numpy(), q.numpy(), mask.numpy()
+    while time.monotonic() < deadline:
+        if exchange_loop(correlation.numpy(), *state, limit, EXCHANGES, touched.numpy()):
+            break
+    return touched
 
 
 def _root(correlation: Tensor, largest: Tensor | None) -> Array:

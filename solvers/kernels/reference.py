@@ -289,6 +289,63 @@ def prune(
     return state.mask, finished
 
 
+def exchange_rows(
+    correlation: Tensor,
+    delta: Tensor,
+    q: Tensor,
+    mask: Tensor,
+    limit: float,
+    deadline: float = float("inf"),
+) -> Tensor:
+    """Swap between rows until none improves: prune u in row a, restore p in row b ≠ a at Δ = q_u + q_p.
+
+    Args:
+        correlation: ``R`` (cols, cols).
+        delta: ``δ`` (rows, cols) of all rows at one scale, brought up to date.
+        q: ``q`` (rows, cols), brought up to date.
+        mask: kept weights (rows, cols), brought up to date.
+        limit: Δ must be below ``-limit``.
+        deadline: stop at this moment of ``time.monotonic()``.
+
+    Returns:
+        How many exchanges each row took part in (rows,).
+    """
+    rows = len(q)
+    touched = torch.zeros(rows, dtype=torch.int64, device=q.device)
+    lowest = torch.empty((2, rows), dtype=q.dtype, device=q.device)
+    column = torch.empty((2, rows), dtype=torch.int64, device=q.device)
+
+    def renew(row: int) -> None:
+        for side, free in enumerate((mask[row], ~mask[row])):
+            values = q[row].masked_fill(~free, torch.inf)
+            column[side, row] = _first_argmin(values)
+            lowest[side, row] = values[column[side, row]]
+
+    for row in range(rows):
+        renew(row)
+    while rows > 1 and time.monotonic() < deadline:
+        a, b = (int(_first_argmin(side)) for side in lowest)
+        if a == b:
+            others = lowest.clone()
+            others[:, a] = torch.inf
+            other_a, other_b = (int(_first_argmin(side)) for side in others)
+            if lowest[0, a] + lowest[1, other_b] <= lowest[0, other_a] + lowest[1, b]:
+                b = other_b
+            else:
+                a = other_a
+        if not lowest[0, a] + lowest[1, b] < -limit:
+            break
+        for row, j in ((a, int(column[0, a])), (b, int(column[1, b]))):
+            own = q[row, j].clone()
+            q[row] += 2 * delta[row, j] * delta[row] * correlation[j]
+            q[row, j] = -own
+            delta[row, j] *= -1
+            mask[row, j] = ~mask[row, j]
+            touched[row] += 1
+            renew(row)
+    return touched
+
+
 class _Rows:
     """State of some rows: ``δ``, ``c`` (rows, cols) and their masks."""
 
