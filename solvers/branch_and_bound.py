@@ -25,10 +25,10 @@ from ..problems.layer import LayerProblem
 from ..problems.row_program import BoolArray, RowProgram
 from .base import Budget, Group, Outcome, Solver, Status
 from .bounds.convex_split import ConvexSplit
-from .bounds.dnn import DnnState, iterate, restrict_state, split_of, start_state
+from .bounds.dnn import WORTH_REPEATING, DnnState, iterate, restrict_state, split_of, start_state
+from .bounds.presolve import Reduced, eigenvalue_fixing, reduced_cost_fixing
 from .bounds.qcr import qcr_split
 from .iterated_local_search import IteratedLocalSearch
-from .presolve import Reduced, eigenvalue_fixing, reduced_cost_fixing
 from .row_wise import RowResult, better, check_jobs, check_limits, row_deadline, solve_rows
 
 # Gradient entries that the search updates between two looks at the clock, about 10 ms.
@@ -37,8 +37,6 @@ WORK_PER_SLICE = 5_000_000
 QCR_NODES = 3000
 # Steps of the doubly nonnegative iteration and nodes of the search in each round; the last has no limit.
 DNN_ROUNDS = ((100, 10_000), (200, 50_000), (400, 400_000), (800, None))
-# Presolve is repeated while it fixes at least this share of what is left.
-WORTH_REPEATING = 0.05
 UNLIMITED = np.iinfo(np.int64).max
 
 
@@ -55,8 +53,8 @@ class BranchAndBound(Solver):
         jobs: processes that share the rows.
 
     A row ends as ``finished`` (its gap is at most ``gap_limit``, up to rounding), ``time_limit`` or
-    ``node_limit``, in each case with its incumbent and a proven bound. Stats per row: ``nodes``, ``seconds``, ``cpu_seconds``,
-    ``search_seconds`` (processor time inside the tree) and ``fixed`` (variables that presolve fixed).
+    ``node_limit``, in each case with its incumbent and a proven bound. Stats per row: ``nodes``, ``seconds``,
+    ``cpu_seconds``, ``search_seconds`` (processor time inside the tree) and ``fixed`` (by presolve).
     """
 
     name: ClassVar[str] = "branch-and-bound"

@@ -24,7 +24,7 @@ from ..problems.layer import LayerProblem
 from ..problems.row_program import BoolArray, RowProgram
 from .backends.factored import FEASIBILITY_TOLERANCE, factored, rounded, safe_bound, settled
 from .base import Budget, Group, Outcome, Solver, Status
-from .presolve import thinned
+from .bounds.presolve import thinned
 from .row_wise import RowResult, better, check_jobs, check_limits, row_deadline, solve_rows
 
 # Why Gurobi stopped, by its status code.

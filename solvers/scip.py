@@ -36,7 +36,7 @@ from .backends.factored import (
     settled,
 )
 from .base import Budget, Group, Outcome, Solver, Status
-from .presolve import thinned
+from .bounds.presolve import thinned
 from .row_wise import RowResult, better, check_jobs, check_limits, row_deadline, solve_rows
 
 # Why SCIP stopped. `gaplimit` is success: limits/gap is the solver's gap_limit.

@@ -19,8 +19,8 @@ import numpy as np
 from ...problems.row_program import BoolArray, FloatArray, RowProgram
 from ..base import Status
 from ..bounds.convex_split import EPSILON, ROUNDING_FACTOR, face_basis
+from ..bounds.presolve import Reduced
 from ..bounds.qcr import qcr_split
-from ..presolve import Reduced
 from ..row_wise import RowResult, better
 
 # Feasibility tolerance that the libraries are asked for; what it can move is taken off their bounds.

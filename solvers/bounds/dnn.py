@@ -23,13 +23,16 @@ from typing import ClassVar, final
 import numpy as np
 import scipy.linalg
 
-from ...problems.row_program import FloatArray, Restriction, RowProgram
+from ...problems.row_program import BoolArray, FloatArray, Restriction, RowProgram
 from .convex_split import ConvexSplit, split_with
-from .qcr import qcr_diagonal
+from .presolve import Reduced, descended, reduced_cost_fixing
+from .qcr import qcr_diagonal, qcr_split
 from .row_tier import RowTier
 
 # Step length of the multiplier update: above 1 and below the golden ratio.
 RELAXATION = 1.6
+# Presolve is repeated while it fixes at least this share of what is left.
+WORTH_REPEATING = 0.05
 # Penalty of disagreement, in median diagonal entries of Q.
 PENALTY = 0.2
 
@@ -162,7 +165,29 @@ class Dnn(RowTier):
     iterations: int = 300
     jobs: int = 1
 
-    def bound_row(self, program: RowProgram, deadline: float) -> float:
-        """Bound of one rescaled program."""
-        state = iterate(program, start_state(program), self.iterations, deadline)
-        return split_of(program, state, deadline).bound()
+    def bound_row(self, program: RowProgram, start: BoolArray, deadline: float) -> float:
+        """Bound of one rescaled program: fixing by the QCR bound, then this relaxation of what is left."""
+        # what fixing excludes costs at least as much as this selection
+        threshold = program.objective(descended(program, start))
+        reduced, lower = Reduced.nothing(program), -np.inf
+        while True:
+            split = qcr_split(reduced.program, deadline=deadline)
+            _, point = split.relax()
+            bound, decided = reduced_cost_fixing(split, point, threshold)
+            lower = max(lower, min(bound, threshold))
+            fixed = int((decided >= 0).sum())
+            if bound >= threshold or not fixed:
+                break
+            smaller, _ = reduced.fix(decided)
+            if smaller.infeasible:
+                return threshold
+            if smaller.program.size == 0:
+                break
+            reduced = smaller
+            if fixed < WORTH_REPEATING * len(decided):
+                break
+        if lower < threshold and time.monotonic() < deadline:
+            state = iterate(reduced.program, start_state(reduced.program), self.iterations, deadline)
+            split = split_of(reduced.program, state, deadline)
+            lower = max(lower, min(split.bound(), threshold))
+        return lower

@@ -21,7 +21,7 @@ from typing import ClassVar, final
 import numpy as np
 import torch
 
-from ...problems.row_program import FloatArray, RowProgram
+from ...problems.row_program import BoolArray, FloatArray, RowProgram
 from .convex_split import ConvexSplit, split_with
 from .max_trace import max_trace_diagonal
 from .row_tier import RowTier
@@ -85,6 +85,6 @@ class Qcr(RowTier):
     tolerance: float = TOLERANCE
     jobs: int = 1
 
-    def bound_row(self, program: RowProgram, deadline: float) -> float:
+    def bound_row(self, program: RowProgram, start: BoolArray, deadline: float) -> float:
         """Bound of one rescaled program."""
         return qcr_split(program, self.tolerance, deadline).bound()

@@ -23,8 +23,8 @@ class RowTier(Solver):
     jobs: int
 
     @abstractmethod
-    def bound_row(self, program: RowProgram, deadline: float) -> float:
-        """Lower bound of one program, scaled so that a good mask costs about 100.
+    def bound_row(self, program: RowProgram, start: BoolArray, deadline: float) -> float:
+        """Lower bound of one program, scaled so that the allowed selection ``start`` (n,) costs about 100.
 
         It must hold however early ``deadline`` (on ``time.monotonic()``) makes it stop.
         """
@@ -35,5 +35,5 @@ class RowTier(Solver):
 
     def _solve_row(self, program: RowProgram, start: BoolArray, deadline: float) -> RowResult:
         scaled = program.rescaled(start)
-        lower = max(0.0, self.bound_row(scaled, deadline))
+        lower = max(0.0, self.bound_row(scaled, start, deadline))
         return RowResult(start, float(np.nextafter(lower * scaled.unit, 0.0)), Status.FINISHED)

@@ -18,7 +18,7 @@ from typing import ClassVar, final
 import numpy as np
 
 from ...errors import UnsupportedProblemError
-from ...problems.row_program import FloatArray, RowProgram
+from ...problems.row_program import BoolArray, FloatArray, RowProgram
 from .convex_split import split_with
 from .qcr import qcr_diagonal, qcr_split
 from .row_tier import RowTier
@@ -74,7 +74,7 @@ class Sdp(RowTier):
     largest: int = 48
     jobs: int = 1
 
-    def bound_row(self, program: RowProgram, deadline: float) -> float:
+    def bound_row(self, program: RowProgram, start: BoolArray, deadline: float) -> float:
         """Bound of one rescaled program."""
         if program.size > self.largest:
             raise UnsupportedProblemError(

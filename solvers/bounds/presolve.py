@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from ..problems.row_program import BoolArray, FloatArray, Restriction, RowProgram, restrict
-from .bounds.convex_split import EPSILON, ROUNDING_FACTOR, ConvexSplit
+from ...problems.row_program import BoolArray, FloatArray, Restriction, RowProgram, restrict
+from .convex_split import EPSILON, ROUNDING_FACTOR, ConvexSplit
 
 # Diagonals whose largest entry exceeds the median by more are first thinned out with one eigenvalue:
 # mixed with them, the rounding of a split would swallow the small entries.
