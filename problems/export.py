@@ -213,11 +213,11 @@ def _mps(program: RowProgram, name: str, formulation: str) -> str:
     for label, _, terms, _ in linear.rows:
         for variable, value in terms:
             entries[variable].append((label, value))
-    lines += ["COLUMNS", " MARKER MARKER 'MARKER' 'INTORG'"]
+    lines += ["COLUMNS", " MARKER 'MARKER' 'INTORG'"]
     for variable in linear.variables:
         if variable.startswith("x"):
             lines += [f" {variable} {label} {value!r}" for label, value in entries[variable]]
-    lines.append(" MARKER MARKER 'MARKER' 'INTEND'")
+    lines.append(" MARKER 'MARKER' 'INTEND'")
     for variable in linear.variables:
         if not variable.startswith("x"):
             lines += [f" {variable} {label} {value!r}" for label, value in entries[variable]]
