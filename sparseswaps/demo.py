@@ -6,6 +6,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from .calibration import calibration_windows, evaluation_windows
+from .models import load_model
 from .pipeline import Progress
 from .records import LayerRecord
 from .reports.demo import DemoLayer, DemoMethod, write_demo_report
@@ -14,10 +16,10 @@ from .solvers import Magnitude, OneSwap, Wanda
 
 MODEL = Path(__file__).parent / "data" / "demo-model"
 SPARSITY = "0.5"
-SAMPLES = 64
+SAMPLES = 48
 LENGTH = 512
 # Windows of the held-out modules: enough for a perplexity that ranks the methods.
-EVALUATION_WINDOWS = 64
+EVALUATION_WINDOWS = 48
 DRIFT = 0.75
 METHODS = (
     ("magnitude", Magnitude(), 0.0),
@@ -37,17 +39,18 @@ def run_demo(out: Path, progress: Progress) -> tuple[Table, Path]:
     Returns:
         A table of the methods, and the path of the report's page.
     """
+    tokenizer = load_model(MODEL).tokenizer
+    calibration = calibration_windows("stdlib", tokenizer, SAMPLES, LENGTH)
+    evaluation = evaluation_windows("stdlib-held-out", tokenizer, LENGTH, EVALUATION_WINDOWS)
     reports = []
     for label, solver, drift in METHODS:
         report = prune(
             MODEL,
             SPARSITY,
-            calibration="stdlib",
-            evaluation="stdlib-held-out",
+            calibration=calibration,
+            evaluation=evaluation,
             solver=solver,
-            samples=SAMPLES,
             length=LENGTH,
-            evaluation_limit=EVALUATION_WINDOWS,
             drift=drift,
             device="cpu",
             progress=progress,
@@ -82,7 +85,7 @@ def _table(reports: list[tuple[str, PruneReport]]) -> Table:
     """One line per method, the dense model first."""
     table = Table(
         title="demo model, half of the weights pruned",
-        caption=f"perplexity: {reports[0][1].evaluation_windows} windows of {LENGTH} tokens, held-out modules",
+        caption=f"perplexity on {EVALUATION_WINDOWS} windows of {LENGTH} tokens of held-out modules",
     )
     for name in ("method", "layer error", "held-out error", "perplexity", "seconds"):
         table.add_column(name, justify="left" if name == "method" else "right")

@@ -103,8 +103,8 @@ def prune(
     model: str | os.PathLike[str] | LoadedModel,
     pattern: str = "0.5",
     *,
-    calibration: str | os.PathLike[str],
-    evaluation: str | os.PathLike[str] | None = None,
+    calibration: str | os.PathLike[str] | Windows,
+    evaluation: str | os.PathLike[str] | Windows | None = None,
     solver: Solver | None = None,
     start: Solver | None = None,
     samples: int = 128,
@@ -126,7 +126,7 @@ def prune(
     Args:
         model: directory, hub name, or a loaded model, which is then pruned in place.
         pattern: ``0.5``, ``50%`` or ``2:4``.
-        calibration: text file, token file or dataset (see ``calibration_windows``).
+        calibration: text file, token file or dataset (see ``calibration_windows``), or windows.
         evaluation: the same, for perplexity or cosine and the held-out layer error; None for none.
         solver: chooses the masks, ``OneSwap()`` by default.
         start: its warm start, ``Wanda()`` by default.
@@ -160,12 +160,18 @@ def prune(
     loaded = model if isinstance(model, LoadedModel) else load_model(model, target, dtype)
     length = window_length(loaded, length)
     causal = is_causal(loaded.model)
-    windows = calibration_windows(calibration, loaded.tokenizer, samples, length, seed, not causal)
-    eval_windows = None
-    if evaluation is not None:
-        eval_windows = evaluation_windows(
+    windows = (
+        calibration
+        if isinstance(calibration, Windows)
+        else calibration_windows(calibration, loaded.tokenizer, samples, length, seed, not causal)
+    )
+    eval_windows = (
+        evaluation
+        if evaluation is None or isinstance(evaluation, Windows)
+        else evaluation_windows(
             evaluation, loaded.tokenizer, length, evaluation_limit, special_tokens=not causal
         )
+    )
     _check_vocabulary(loaded, windows, eval_windows)
     blocks = find_blocks(loaded.model, include, exclude)
     check_options(blocks, pattern, mode, drift)
