@@ -11,6 +11,7 @@ from .models import load_model
 from .pipeline import Progress
 from .records import LayerRecord
 from .reports.demo import DemoLayer, DemoMethod, write_demo_report
+from .reports.page import Fact
 from .run import PruneReport, prune
 from .solvers import Magnitude, OneSwap, Wanda
 
@@ -60,8 +61,22 @@ def run_demo(out: Path, progress: Progress) -> tuple[Table, Path]:
         out,
         [_method(label, report) for label, report in reports],
         [_layer(label, layer) for label, report in reports for layer in report.layers],
+        title="Pruning the demo model",
+        subtitle=f"half of every row, {reports[0][1].mode}, from the warm start {reports[0][1].start}",
+        facts=_facts(reports[0][1]),
     )
     return _table(reports), page
+
+
+def _facts(report: PruneReport) -> list[Fact]:
+    """What somebody needs to know to repeat the run."""
+    return [
+        Fact("calibration", f"{report.samples} windows of {report.length} tokens, seed {report.seed}"),
+        Fact("text", f"Python's standard library, tokens {report.calibration_hash[:12]}"),
+        Fact("evaluation", f"{report.evaluation_windows} windows of held-out modules"),
+        Fact("device", report.device),
+        Fact("versions", ", ".join(f"{name} {number}" for name, number in report.versions.items())),
+    ]
 
 
 def _method(label: str, report: PruneReport) -> DemoMethod:

@@ -21,6 +21,22 @@ from sparseswaps.records import RunDatabase
 from sparseswaps.run import RECORD_FILE
 
 
+STUDY = """
+name = "small"
+patterns = ["50%"]
+[[problem]]
+family = "correlated"
+rows = 2
+cols = [8, 16]
+[[solver]]
+solver = "wanda"
+label = "Wanda"
+[[solver]]
+solver = "one-swap"
+label = "1-swap"
+"""
+
+
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.save("llama", tmp_path_factory.mktemp("dense"), torch.float16)
@@ -114,10 +130,44 @@ def test_extract_solve_and_list(dense: Path, text: Path, tmp_path: Path, capsys)
     assert json.loads(shown)["objective"] >= one_swap["objective"]
     code, shown, _ = run("solve", files[0], "--solver", "ria:alpha=1", capsys=capsys)
     assert (code, "RIA(alpha=1.0)" in shown) == (0, True)
+    code, shown, _ = run(
+        "bound", files[0], "--rows", "0:4", "--tier", "shared-split", "--json", capsys=capsys
+    )
+    bound = json.loads(shown)
+    assert code == 0
+    assert 0 < bound["bound"] <= one_swap["objective"] * (1 + 1e-9)
+    code, shown, _ = run("solve", files[0], "--solver", "branch-and-bound", "--rows", "0:4", "--time-limit", 20,
+                         "--json", capsys=capsys)  # fmt: skip
+    exact = json.loads(shown)
+    assert code == 0
+    assert exact["gap"] <= 1e-6
+    assert bound["bound"] <= exact["objective"] <= one_swap["objective"] * (1 + 1e-9)
+    code, shown, _ = run("bound", files[0], "--rows", "0:4", capsys=capsys)
+    assert (code, "gap" in shown) == (0, True)
     code, shown, _ = run("solvers", capsys=capsys)
     assert code == 0
     for word in ("one-swap", "wanda", "local search", "enumeration", "exact"):
         assert word in shown
+
+
+def test_study_report_merge_export(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "small.toml"
+    file.write_text(STUDY)
+    code, shown, _ = run("study", file, "--database", tmp_path / "a.sqlite", "--dry-run", capsys=capsys)
+    assert (code, "units" in shown, (tmp_path / "a.sqlite").exists()) == (0, True, False)
+    arguments = ["study", file, "--database", tmp_path / "a.sqlite", "--jobs", 1, "--backend", "sequential"]
+    code, shown, _ = run(*arguments, "--out", tmp_path / "report", capsys=capsys)
+    assert code == 0
+    assert "4 done, 0 failed" in shown
+    assert (tmp_path / "report" / "index.html").exists()
+    code, shown, _ = run(*arguments, capsys=capsys)
+    assert (code, "0 units run, 4 done" in shown) == (0, True)
+    code, shown, _ = run("merge", tmp_path / "b.sqlite", tmp_path / "a.sqlite", capsys=capsys)
+    assert (code, "4 new units" in shown) == (0, True)
+    code, shown, _ = run("export", tmp_path / "b.sqlite", "--out", tmp_path / "tables", capsys=capsys)
+    assert (code, (tmp_path / "tables" / "units.csv").exists()) == (0, True)
+    code, _, errors = run("report", tmp_path / "absent.sqlite", "--out", tmp_path / "r2", capsys=capsys)
+    assert (code, "expected an existing file" in errors) == (2, True)
 
 
 def test_bad_input_is_one_sentence_and_exit_code_2(dense: Path, text: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]

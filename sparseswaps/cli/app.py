@@ -7,7 +7,7 @@ import sys
 import typer
 
 from ..errors import InputError, SparseswapsError
-from . import demo, inspect, prune, solve
+from . import demo, inspect, prune, solve, study
 from .output import error_console
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 prune.register(app)
 inspect.register(app)
 solve.register(app)
+study.register(app)
 demo.register(app)
 
 

@@ -83,10 +83,8 @@ def list_solvers() -> None:
     """List the solvers: name, group, options, and what to install where something is missing."""
     table = Table("solver", "group", "options", "installed")
     for name, solver in SOLVERS.items():
-        options = ", ".join(
-            f"{field.name}={field.default}" for field in getattr(solver, "__dataclass_fields__", {}).values()
-        )
         missing = solver.missing()
+        options = repr(solver()).partition("(")[2].removesuffix(")")
         table.add_row(
             name, str(solver.group), options, f"pip install {' '.join(missing)}" if missing else "yes"
         )

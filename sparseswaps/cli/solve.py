@@ -1,7 +1,8 @@
-"""``solve``: a solver on an instance file."""
+"""``solve`` and ``bound``: a solver, or a lower bound, on an instance file."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,9 @@ from rich.table import Table
 from ..errors import InputError
 from ..problems import LayerProblem, load_instance
 from ..solvers import Budget, Solution
+from ..solvers import bound as lower_bound
 from ..solvers import solve as run_solver
+from ..solvers.bounds import TIERS
 from ..solvers.registry import parse_solver
 from .output import console, key_values, print_json, progress_bars
 
@@ -22,6 +25,7 @@ SHOWN_ROWS = 64
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     app.command()(solve)
+    app.command()(bound)
 
 
 def solve(
@@ -29,7 +33,10 @@ def solve(
     solver: Annotated[str, typer.Option(help="NAME or NAME:option=value,...")] = "one-swap",
     start: Annotated[str | None, typer.Option(help="Solver whose mask is the warm start.")] = None,
     rows: Annotated[str | None, typer.Option(help="Only these rows, FIRST:END.")] = None,
-    time_limit: Annotated[float | None, typer.Option(help="Seconds for everything.")] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(help="Seconds per row for solvers that work row by row, else in all.")
+    ] = None,
+    budget: Annotated[float | None, typer.Option(help="Seconds for everything.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
@@ -39,12 +46,59 @@ def solve(
 
     sparseswaps solve instance.safetensors --solver one-swap
 
-    sparseswaps solve instance.safetensors --solver ria:alpha=1 --rows 0:64
+    sparseswaps solve instance.safetensors --solver branch-and-bound --rows 0:64 --time-limit 10
+
+    sparseswaps solve instance.safetensors --solver ria:alpha=1 --json
     """
+    chosen = parse_solver(solver)
+    if time_limit is not None and any(x.name == "time_limit" for x in dataclasses.fields(chosen)):  # type: ignore[arg-type]  # all are dataclasses
+        chosen = dataclasses.replace(chosen, time_limit=time_limit)  # type: ignore[type-var]  # likewise
+    elif time_limit is not None:
+        budget = time_limit if budget is None else min(budget, time_limit)
     problem = slice_problem(load_instance(instance), rows).to(device)
     with progress_bars() as bars:
         init = None if start is None else run_solver(problem, parse_solver(start))
-        solution = run_solver(problem, parse_solver(solver), init, Budget(time_limit, bars.rows))
+        solution = run_solver(problem, chosen, init, Budget(budget, bars.rows))
+    if json:
+        print_json(solution_values(problem, solution))
+    else:
+        print_solution(problem, solution)
+
+
+def bound(
+    instance: Annotated[Path, typer.Argument(help="Instance file, from the command extract.")],
+    tier: Annotated[
+        str, typer.Option(help=f"auto, or {', '.join(TIERS)}: from the cheapest to the dearest.")
+    ] = "auto",
+    solver: Annotated[str, typer.Option(help="Its mask is compared with the bound.")] = "one-swap",
+    rows: Annotated[str | None, typer.Option(help="Only these rows, FIRST:END.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds for the bound; it holds whenever it stops.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Prove that no mask of an instance has a smaller error than the bound, and compare a solver's mask.
+
+    [bold]Examples[/]
+
+    sparseswaps bound instance.safetensors
+
+    sparseswaps bound instance.safetensors --tier dnn --rows 0:16 --solver tabu
+    """
+    problem = slice_problem(load_instance(instance), rows).to(device)
+    with progress_bars() as bars:
+        found = run_solver(problem, parse_solver(solver))
+        proven = lower_bound(problem, tier, Budget(budget, bars.rows), init=found)
+    solution = dataclasses.replace(
+        found,
+        solver=f"{found.solver} against {proven.tier}",
+        row_bounds=torch.minimum(proven.row_bounds.to(found.row_bounds), found.row_objectives),
+        status=proven.status,
+        row_statuses=(proven.status,) * problem.rows,
+        stats={},
+        seconds=proven.seconds,
+    )
     if json:
         print_json(solution_values(problem, solution))
     else:
