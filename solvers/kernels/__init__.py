@@ -14,6 +14,10 @@ import torch
 
 def kernels_for(device: torch.device) -> ModuleType:
     """The fastest installed kernels for ``device``; ``reference`` where there are none."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from . import cuda
+
+        return cuda
     if device.type == "cpu" and importlib.util.find_spec("numba") is not None:
         from . import cpu
 
