@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from ..errors import InvalidFileError
 from .gram import Gram
 from .layer import Drift, LayerProblem
-from .pattern import LayerBudget, SparsityPattern
+from .pattern import pattern_of
 
 FORMAT = "sparseswaps-instance-1"
 
@@ -43,7 +43,7 @@ def save_instance(
             {
                 "keep": problem.pattern.keep,
                 "block": problem.pattern.block,
-                "scope": "layer" if isinstance(problem.pattern, LayerBudget) else "block",
+                "scope": problem.pattern.scope,
             }
         ),
         "name": problem.name,
@@ -92,11 +92,10 @@ def load_instance_with_provenance(path: str | os.PathLike[str]) -> tuple[LayerPr
     if "drift_linear" in tensors:
         drift = Drift(tensors["drift_linear"], tensors["drift_constant"])
     pattern = json.loads(metadata["pattern"])
-    kind = LayerBudget if pattern.pop("scope", "block") == "layer" else SparsityPattern
     problem = LayerProblem(
         tensors["weight"],
         Gram(tensors["gram"], int(metadata["tokens"])),
-        kind(**pattern),
+        pattern_of(**pattern),
         drift,
         metadata["name"],
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class SparsityPattern:
     Raises:
         InvalidPatternError: unless 0 < keep < block.
     """
+
+    scope: ClassVar[str] = "block"
 
     keep: int
     block: int
@@ -138,6 +141,8 @@ class LayerBudget:
         InvalidPatternError: unless 0 < keep < block.
     """
 
+    scope: ClassVar[str] = "layer"
+
     keep: int
     block: int
 
@@ -199,6 +204,11 @@ class LayerBudget:
 
 
 Pattern = SparsityPattern | LayerBudget
+
+
+def pattern_of(keep: int, block: int, scope: str) -> Pattern:
+    """The pattern whose fields and scope these are, as files store them."""
+    return LayerBudget(keep, block) if scope == LayerBudget.scope else SparsityPattern(keep, block)
 
 
 def parse_pattern(text: str, cols: int) -> Pattern:

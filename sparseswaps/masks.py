@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .errors import InvalidFileError, VerificationError
 from .models import PrunableLayer, find_blocks, weight_hash
-from .problems import SparsityPattern
+from .problems.pattern import Pattern, pattern_of
 
 FORMAT = "sparseswaps-masks-1"
 MASK_FILE = "masks.safetensors"
@@ -34,7 +34,7 @@ class LayerMask:
 
     Attributes:
         rows, cols: shape of the weight.
-        keep, block: the pattern.
+        keep, block, scope: the pattern (see ``problems.pattern``).
         dense_hash: SHA-256 of the dense weight in the checkpoint's dtype.
         kept_hash: SHA-256 of the same weight with zeros where pruned.
     """
@@ -43,6 +43,7 @@ class LayerMask:
     cols: int
     keep: int
     block: int
+    scope: str
     dense_hash: str
     kept_hash: str
 
@@ -94,11 +95,19 @@ def unpack_mask(packed: Tensor, cols: int) -> Tensor:
     return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=cols).astype(bool))
 
 
-def layer_mask(mask: Tensor, pattern: SparsityPattern, dense_weight: Tensor) -> LayerMask:
+def layer_mask(mask: Tensor, pattern: Pattern, dense_weight: Tensor) -> LayerMask:
     """Facts of one layer from its mask and dense weight (rows, cols) in the checkpoint's dtype."""
     kept = dense_weight.masked_fill(~mask.to(dense_weight.device), 0)
     rows, cols = dense_weight.shape
-    return LayerMask(rows, cols, pattern.keep, pattern.block, weight_hash(dense_weight), weight_hash(kept))
+    return LayerMask(
+        rows,
+        cols,
+        pattern.keep,
+        pattern.block,
+        pattern.scope,
+        weight_hash(dense_weight),
+        weight_hash(kept),
+    )
 
 
 def save_masks(path: Path, masks: Mapping[str, Tensor], layers: Mapping[str, LayerMask], model: str) -> None:
@@ -180,7 +189,7 @@ def apply_masks(model: nn.Module, file: MaskFile, same_weights: bool = True) -> 
     for name, facts in file.layers.items():
         layer = layers[name]
         mask = file.masks[name]
-        pattern = SparsityPattern(facts.keep, facts.block)
+        pattern = pattern_of(facts.keep, facts.block, facts.scope)
         now[name] = facts if same_weights else layer_mask(mask, pattern, layer.weight)
         layer.write(layer.weight.masked_fill(~mask.to(layer.weight.device), 0))
     return now
@@ -200,7 +209,7 @@ def verify_model(model: nn.Module, file: MaskFile, original: nn.Module | None = 
         mask = file.masks[name]
         weights += mask.numel()
         pruned += int((~mask).sum())
-        if not SparsityPattern(facts.keep, facts.block).allows(mask):
+        if not pattern_of(facts.keep, facts.block, facts.scope).allows(mask):
             problems.append(f"layer {name}: expected the pattern {facts.keep}:{facts.block}, found another")
         layer = layers.get(name)
         if layer is None or tuple(layer.weight.shape) != (facts.rows, facts.cols):

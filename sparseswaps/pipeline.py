@@ -25,7 +25,8 @@ from .activations import Step, Stream, can_skip, experts_one_by_one, steps_of
 from .errors import InputError, InvalidModelError, InvalidProblemError
 from .masks import pack_mask, unpack_mask
 from .models import Block, PrunableLayer
-from .problems import Drift, Gram, GramAccumulator, LayerProblem, SparsityPattern
+from .problems import Drift, Gram, GramAccumulator, LayerProblem
+from .problems.pattern import Pattern, parse_pattern
 from .records import LayerRecord, RunDatabase
 from .solvers import Budget, Group, Solution, Solver, solve
 
@@ -97,7 +98,7 @@ def prune_layers(
     Args:
         model: the dense model; afterwards the pruned one.
         blocks: from ``find_blocks``.
-        pattern: ``0.5``, ``50%`` or ``2:4``.
+        pattern: ``0.5``, ``50%``, ``2:4`` or ``layer:0.5``.
         calibration: token windows (windows, length).
         solver: chooses the masks.
         start: warm start of every solver that is not a score; its error is recorded for comparison.
@@ -160,7 +161,7 @@ def layer_problems(
     Args:
         model: the dense model; it is not changed.
         blocks: from ``find_blocks``.
-        pattern: ``0.5``, ``50%`` or ``2:4``.
+        pattern: ``0.5``, ``50%``, ``2:4`` or ``layer:0.5``.
         calibration: token windows (windows, length).
     """
     for block in blocks:
@@ -191,9 +192,9 @@ def layer_problems(
                         )
 
 
-def _pattern_of(layer: PrunableLayer, pattern: str) -> SparsityPattern:
+def _pattern_of(layer: PrunableLayer, pattern: str) -> Pattern:
     try:
-        return SparsityPattern.parse(pattern, layer.weight.shape[1])
+        return parse_pattern(pattern, layer.weight.shape[1])
     except InputError as error:
         raise type(error)(f"layer {layer.name}: {error}") from error
 

@@ -35,7 +35,7 @@ from .models import (
     resolve_device,
 )
 from .pipeline import Mode, Progress, Silent, check_options, prune_layers
-from .problems import SparsityPattern
+from .problems.pattern import parse_pattern
 from .records import LayerRecord, RunDatabase
 from .solvers import OneSwap, Solver, Wanda
 
@@ -125,7 +125,7 @@ def prune(
 
     Args:
         model: directory, hub name, or a loaded model, which is then pruned in place.
-        pattern: ``0.5``, ``50%`` or ``2:4``.
+        pattern: ``0.5``, ``50%``, ``2:4`` or ``layer:0.5``.
         calibration: text file, token file or dataset (see ``calibration_windows``), or windows.
         evaluation: the same, for perplexity or cosine and the held-out layer error; None for none.
         solver: chooses the masks, ``OneSwap()`` by default.
@@ -431,7 +431,7 @@ def _save(
         weight = dense.weights[layer.name]
         # exact zeros and the checkpoint's own kept weights, whatever dtype was computed in
         layer.write(weight.masked_fill(~masks[layer.name], 0))
-        parsed = SparsityPattern.parse(pattern, weight.shape[1])
+        parsed = parse_pattern(pattern, weight.shape[1])
         facts[layer.name] = layer_mask(masks[layer.name], parsed, weight)
     save_model(folder, loaded, masks, facts)
 

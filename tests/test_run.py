@@ -237,3 +237,13 @@ def test_a_record_that_is_no_record(dense: Path, arguments: dict, tmp_path: Path
     connection.close()
     with pytest.raises(ss.InvalidFileError, match="expected schema version 1, found 99"):
         prune(dense, **arguments, out=out, resume=True)
+
+
+def test_a_layer_budget_goes_all_the_way(dense: Path, arguments: dict, tmp_path: Path) -> None:
+    """Equal sparsity per layer: pruned, saved, verified; never worse than equal sparsity per row allows."""
+    report = prune(dense, "layer:0.5", **arguments, mode=Mode.ONE_SHOT, out=tmp_path / "out")
+    assert report.sparsity == 0.5
+    file = load_masks(tmp_path / "out")
+    assert verify_model(load_model(tmp_path / "out", dtype="checkpoint").model, file).ok
+    kept = torch.cat([mask.sum(1).float() / mask.shape[1] for mask in file.masks.values()])
+    assert float(kept.std()) > 0
