@@ -20,7 +20,6 @@ from sparseswaps.masks import MASK_FILE, load_masks
 from sparseswaps.records import RunDatabase
 from sparseswaps.run import RECORD_FILE
 
-
 STUDY = """
 name = "small"
 patterns = ["50%"]
@@ -136,8 +135,8 @@ def test_extract_solve_and_list(dense: Path, text: Path, tmp_path: Path, capsys)
     bound = json.loads(shown)
     assert code == 0
     assert 0 < bound["bound"] <= one_swap["objective"] * (1 + 1e-9)
-    code, shown, _ = run("solve", files[0], "--solver", "branch-and-bound", "--rows", "0:4", "--time-limit", 20,
-                         "--json", capsys=capsys)  # fmt: skip
+    limits = ["--rows", "0:4", "--time-limit", 20]
+    code, shown, _ = run("solve", files[0], "--solver", "branch-and-bound", *limits, "--json", capsys=capsys)
     exact = json.loads(shown)
     assert code == 0
     assert exact["gap"] <= 1e-6

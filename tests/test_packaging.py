@@ -94,7 +94,9 @@ class Hide(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Hide())
 find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] in hidden else find(name, package)
+importlib.util.find_spec = lambda name, package=None: (
+    None if name.split(".")[0] in hidden else find(name, package)
+)
 import sparseswaps as ss
 problem = ss.synthetic_layer("correlated", 4, 16)
 best = ss.solve(problem, ss.OneSwap())

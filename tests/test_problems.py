@@ -142,8 +142,8 @@ def test_problems_that_are_refused() -> None:
             ss.LayerProblem(*arguments, pattern, name="x")
     with pytest.raises(ss.InvalidPatternError, match="multiple of 3 columns, found 4"):
         ss.LayerProblem(weight, gram, ss.SparsityPattern.n_m(1, 3))
+    dead = torch.diag(torch.tensor([1.0, 1, 1, 0]))
     with pytest.raises(ss.InvalidProblemError, match="always zero"):
-        dead = torch.diag(torch.tensor([1.0, 1, 1, 0]))
         ss.LayerProblem(weight, dead, pattern, ss.Drift(torch.ones(2, 4), torch.ones(2)))
 
 

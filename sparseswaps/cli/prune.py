@@ -48,7 +48,9 @@ def register(app: typer.Typer) -> None:
 def prune(
     model: Annotated[str, typer.Argument(help="Directory or hub name of a Hugging Face model.")],
     calibration: Text,
-    pattern: Annotated[str, typer.Option(help="0.5 or 50% of each row, N:M such as 2:4, or layer:0.5 of a whole layer.")] = "0.5",
+    pattern: Annotated[
+        str, typer.Option(help="0.5 or 50% of each row, N:M such as 2:4, or layer:0.5 of a whole layer.")
+    ] = "0.5",
     solver: Annotated[
         str, typer.Option(help="NAME or NAME:option=value,...; see the command solvers.")
     ] = "one-swap",
