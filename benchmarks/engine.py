@@ -154,6 +154,8 @@ def measure(problem: ss.LayerProblem, args: argparse.Namespace) -> list[str]:
     warm_up = problem.slice_rows(slice(0, 2))
     final: dict[str, Tensor] = {}
     for label, solver in solvers.items():
+        if args.methods and label not in args.methods:
+            continue
         ss.solve(warm_up, solver)  # compiled before the clock starts
         solution, timing = timed(lambda solver=solver: solver.run(problem, None, ss.Budget()))
         assert isinstance(solution, ss.Outcome)
@@ -193,10 +195,11 @@ def measure(problem: ss.LayerProblem, args: argparse.Namespace) -> list[str]:
             f"same mask {same:.2f}",
         )
     reference = wanda.row_objectives
-    certificate, timing = timed(lambda: ss.certify(problem, final["1-swap lazy"], reference=reference))
+    certifiable = next(iter(final.values()))
+    certificate, timing = timed(lambda: ss.certify(problem, certifiable, reference=reference))
     assert isinstance(certificate, ss.Certificate)
     lines.append(
-        f"\nIndependent certificate of the lazy masks in float64: {certificate.share:.4f} of the rows,"
+        f"\nCertificate of the first method's masks in float64: {certificate.share:.4f} of the rows,"
     )
     lines.append(f"{timing.wall:.2f} s. Peak memory of the process so far: {peak_memory():.2f} GB.")
     return lines
@@ -218,6 +221,7 @@ def main() -> None:
     parser.add_argument("--pattern", default="0.5")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--instance", type=Path, nargs="*", default=[], help="instance files of real layers")
+    parser.add_argument("--methods", nargs="*", help="only these of our methods, by their label")
     parser.add_argument("--brute-rows", type=int, default=2)
     parser.add_argument("--brute-swaps", type=int, default=3)
     parser.add_argument("--c-engine", type=Path, help="shared library of a compiled engine")
