@@ -5,7 +5,9 @@ A row goes through these stages and stops as soon as it is proven:
 1. an incumbent from iterated local search;
 2. the QCR split (`bounds.qcr`), reduced-cost fixing until nothing more is fixed, and a short search;
 3. rounds of the doubly nonnegative split (`bounds.dnn`) on what is left, each followed by fixing, and a
-   search with the tighter split, at first short and then until a limit.
+   longer search with the tighter split;
+4. where that is not enough, best first over parts of the program, divided at the variable that the relaxation
+   leaves most open, each with fixing, a split and a search of its own.
 
 The search (`kernels.branch_and_bound`) is depth first and fixes variables by reduced costs at every node.
 Patterns: per row and any N:M, each block of a row keeping its own sum. Drift is covered.
@@ -13,6 +15,7 @@ Patterns: per row and any N:M, each block of a row keeping its own sum. Drift is
 
 from __future__ import annotations
 
+import heapq
 import time
 from dataclasses import dataclass, field
 from typing import ClassVar, final
@@ -35,8 +38,10 @@ from .row_wise import RowResult, better, check_jobs, check_limits, row_deadline,
 WORK_PER_SLICE = 5_000_000
 # Nodes of the search with the QCR split before the doubly nonnegative split is worth its time.
 QCR_NODES = 3000
-# Steps of the doubly nonnegative iteration and nodes of the search in each round; the last has no limit.
-DNN_ROUNDS = ((100, 10_000), (200, 50_000), (400, 400_000), (800, None))
+# Steps of the doubly nonnegative iteration and nodes of the search in each round.
+DNN_ROUNDS = ((100, 10_000), (200, 100_000))
+# The same for each part, once the program is divided.
+PART_STEPS, PART_NODES = 60, 15_000
 UNLIMITED = np.iinfo(np.int64).max
 
 
@@ -112,6 +117,7 @@ class _Proof:
         self.reduced = Reduced.nothing(program)
         self.state: DnnState | None = None
         self.closed = False  # presolve alone has shown that nothing is better than the threshold
+        self.branch = 0  # variable that the last relaxation would branch on
         self.nodes = 0
         self.search_seconds = 0.0
         # largest rounding allowance of the splits that were used
@@ -136,9 +142,36 @@ class _Proof:
         for steps, nodes in DNN_ROUNDS:
             if stopped := self._stopped():
                 return stopped
-            if self._search(self._doubly_nonnegative(steps), UNLIMITED if nodes is None else nodes):
+            if self._search(self._doubly_nonnegative(steps), nodes):
                 return self._proven()
-        return self._stopped() or Status.TIME_LIMIT
+        return self._divide()
+
+    def _divide(self) -> Status:
+        """Best first over parts of the program, each with its own split of what is left in it."""
+        parts = [(self.bound, 0, self.reduced, self.state)]
+        made = 1
+        while parts and parts[0][0] < self.threshold - self.allowance:
+            if stopped := self._stopped():
+                # what was fixed or pruned away costs at least the threshold
+                self.bound = min(parts[0][0], self.threshold - self.allowance)
+                return stopped
+            self.bound, _, self.reduced, self.state = heapq.heappop(parts)
+            self.closed = False
+            if self._search(self._doubly_nonnegative(PART_STEPS), PART_NODES):
+                continue
+            for value in (0, 1):
+                decided = np.full(self.reduced.program.size, -1, dtype=np.int8)
+                decided[self.branch] = value
+                child, restriction = self.reduced.fix(decided)
+                if child.infeasible or restriction is None:
+                    continue
+                if child.program.size == 0:
+                    self._offer(child.fixed)
+                    continue
+                state = None if self.state is None else restrict_state(self.state, restriction)
+                heapq.heappush(parts, (self.bound, made, child, state))
+                made += 1
+        return self._proven()
 
     def _stopped(self) -> Status | None:
         if self.nodes >= self.node_limit:
@@ -171,6 +204,7 @@ class _Proof:
         """Take up the bound of ``split`` and fix by it; returns whether the program shrank."""
         self.allowance = max(self.allowance, split.allowance)
         _, point = split.relax()
+        self.branch = int((split.program.quadratic.diagonal() * point * (1 - point)).argmax())
         lower, decided = reduced_cost_fixing(split, point, self.threshold)
         self.bound = max(self.bound, min(lower, self.threshold - self.allowance))
         if lower >= self.threshold:

@@ -12,6 +12,7 @@ import torch
 import sparseswaps as ss
 from sparseswaps.errors import InputError, SolverNotInstalledError
 from sparseswaps.problems.row_program import restrict, row_program
+from sparseswaps.solvers import branch_and_bound
 from sparseswaps.solvers.bounds.presolve import thinned
 
 # Each solver stops at a relative gap of 1e-6; foreign ones give their own tolerances away on top.
@@ -80,6 +81,24 @@ def test_branch_and_bound_equals_enumeration_on_random_rows() -> None:
         assert bool((solution.row_gaps[resolved] <= GAP).all()), problem.name
         rows += problem.rows
     assert rows >= 500
+
+
+def test_a_divided_proof_equals_enumeration(monkeypatch: pytest.MonkeyPatch) -> None:
+    # stages so short that the proof is divided into parts even on rows of twelve weights
+    monkeypatch.setattr(branch_and_bound, "QCR_NODES", 1)
+    monkeypatch.setattr(branch_and_bound, "DNN_ROUNDS", ((5, 1),))
+    monkeypatch.setattr(branch_and_bound, "PART_STEPS", 3)
+    monkeypatch.setattr(branch_and_bound, "PART_NODES", 1)
+    most = 0.0
+    for seed in range(28):
+        problem, _, _ = conformance.with_raw(
+            conformance.FAMILIES[seed % 7], ("0.5", "2:4", "0.25")[seed % 3], seed % 2 == 1, seed, 2, 12
+        )
+        solution = ss.solve(problem, ss.BranchAndBound())
+        check_against(problem, solution, ss.solve(problem, ss.Enumeration()).row_objectives, GAP)
+        assert solution.status is ss.Status.FINISHED
+        most = max(most, float(solution.stats["nodes"].max()))
+    assert most > 10
 
 
 @pytest.mark.parametrize(
