@@ -4,8 +4,8 @@ A diagonal ``δ`` with ``R - Diag(δ) ⪰ 0`` turns into a linear cost, which is
 relaxed row by row in batches (`relaxed_rows`). The diagonal is the largest one weighted by where the relaxed
 rows are fractional, ``c_j = Σ_rows y_j² x_j (1 - x_j)`` (`max_trace`), averaged over the
 rounds because the weights of the last round alone make them oscillate. Its positive semidefiniteness is
-checked once more in float64. Rows never end below the `corr_eigenvalue` tier, whose diagonal is one choice
-of ``δ``.
+checked once more in float64. It starts from ``δ = λ`` for every channel, the smallest eigenvalue of R, so
+rows never end below the `corr_eigenvalue` tier, nor below the `naive` one by more than its precision.
 
 Covers per-row and N:M patterns and drift.
 """
@@ -53,12 +53,18 @@ class SharedSplit(LayerTier):
         lowest = smallest_eigenvalue(correlation)
         even = torch.full((problem.cols,), lowest, dtype=torch.float64, device=problem.device)
         bounds = separable_bounds(problem, even)
+        # the same diagonal for every channel is a start that no interrupted search falls below
+        convex = correlation - torch.diag(even)
+        first = relax_rows(
+            problem, convex, even, self.steps, self.precision, deadline, getattr(torch, self.dtype)
+        )
+        bounds = torch.maximum(bounds, first.bounds)
         weights = (problem.scaled_weight**2).sum(0)
         weights = weights / weights.sum().clamp_min(1e-300)
         for _ in range(self.rounds):
             if time.monotonic() >= deadline or not float(weights.sum()) > 0:
                 break
-            relaxed = self._relaxed(problem, correlation, weights, even, deadline)
+            relaxed = self._relaxed(problem, correlation, weights, deadline)
             bounds = torch.maximum(bounds, relaxed.bounds)
             spread = relaxed.spread
             if not relaxed.complete or not float(spread.sum()) > 0:
@@ -67,9 +73,9 @@ class SharedSplit(LayerTier):
         return bounds
 
     def _relaxed(
-        self, problem: LayerProblem, correlation: Tensor, weights: Tensor, even: Tensor, deadline: float
+        self, problem: LayerProblem, correlation: Tensor, weights: Tensor, deadline: float
     ) -> RelaxedRows:
-        """Relax with the best diagonal for ``weights``, or with ``even`` where that one is not better."""
+        """Relax with the best diagonal for ``weights`` that the search reaches in its share of the time."""
         now = time.monotonic()
         diagonal = max_trace_diagonal(
             correlation,
@@ -78,10 +84,7 @@ class SharedSplit(LayerTier):
             deadline=now + DIAGONAL_SHARE * (deadline - now),
         )
         convex = correlation - torch.diag(diagonal)
-        shift = min(0.0, smallest_eigenvalue(convex))
-        diagonal = diagonal + shift
-        if float((weights * diagonal).sum()) < float((weights * even).sum()):
-            diagonal = even
+        diagonal = diagonal + min(0.0, smallest_eigenvalue(convex))
         convex = correlation - torch.diag(diagonal)
         return relax_rows(
             problem, convex, diagonal, self.steps, self.precision, deadline, getattr(torch, self.dtype)
