@@ -109,10 +109,10 @@ class SparsityPattern:
         rows, cols = scores.shape
         self.check_cols(cols)
         blocks = scores.reshape(rows, cols // self.block, self.block)
-        order = blocks.argsort(dim=-1, descending=True, stable=True)
-        mask = torch.zeros(blocks.shape, dtype=torch.bool, device=scores.device)
-        mask.scatter_(-1, order[..., : self.keep], True)
-        return mask.reshape(rows, cols)
+        lowest = blocks.topk(self.keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        above, equal = blocks > lowest, blocks == lowest
+        room = self.keep - above.sum(-1, keepdim=True)
+        return (above | (equal & (equal.cumsum(-1) <= room))).reshape(rows, cols)
 
     def allows(self, mask: Tensor) -> bool:
         """Whether every block of ``mask`` (rows, cols) keeps exactly ``keep`` weights."""

@@ -61,7 +61,7 @@ class Greedy(Solver):
             dense = torch.ones_like(problem.weight, dtype=torch.bool)
         else:
             dense = SparsityPattern(keep, pattern.block).top_k(problem.scaled_weight.abs())
-        mask = warm_start(problem, init).clone()
+        mask = torch.empty_like(dense)
         finished = torch.zeros(problem.rows, dtype=torch.bool, device=problem.device)
         for rows in row_batches(problem):
             # the scale is that of all weights: with nothing pruned yet there is no other
@@ -79,9 +79,10 @@ class Greedy(Solver):
                 pattern.keep,
                 deadline,
             )
-            mask[rows] = torch.where(done[:, None], found, mask[rows])
-            finished[rows] = done
+            mask[rows], finished[rows] = found, done
             budget.report(rows.stop, problem.rows)
+        if not bool(finished.all()):
+            mask = torch.where(finished[:, None], mask, warm_start(problem, init))
         if init is not None:
             worse = problem.row_objectives(mask) > problem.row_objectives(init)
             mask = torch.where(worse[:, None], init, mask)
