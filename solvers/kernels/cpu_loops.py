@@ -1,6 +1,7 @@
 """The inner loops of the CPU kernels (numba).
 
-They share one file because numba's cache on disk notices changes of a function's own file only.
+They share one file because numba's cache on disk notices changes of a function's own file only: what
+they import from ``scaling`` is compiled in, so a changed constant there needs a change here.
 
 Notation as in ``reference``. A row keeps three vectors (cols,):
 
