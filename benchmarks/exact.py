@@ -261,7 +261,7 @@ def run_wide(layers: dict[str, Layer], few: int, limit: float) -> str:
     cases = [
         problem_of(found["encoder.layer.2.attention.self.query"], "0.5", list(range(384))),
         problem_of(found["encoder.layer.2.output.dense"], "0.5", list(range(384))),
-        ss.synthetic_layer("correlated", 64, 4096, "0.5", tokens=8192),
+        ss.synthetic_layer("correlated", 16, 4096, "0.5", tokens=8192),
     ]
     rows = []
     for problem in cases:
