@@ -25,8 +25,8 @@ SOLVERS: list[ss.Solver] = [
     ss.IteratedLocalSearch(kicks=20),
     ss.BranchAndBound(),
     ss.CorrEigenvalue(),
-    ss.Naive(),
-    ss.SharedSplit(rounds=2),
+    ss.Naive(steps=60),
+    ss.SharedSplit(rounds=1, steps=60),
     ss.Qcr(),
     ss.Dnn(iterations=50),
 ]
