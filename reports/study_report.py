@@ -69,7 +69,15 @@ def _facts(data: StudyData) -> list[Fact]:
     everything: list[UnitRecord | ModelRecord] = [*data.records.units, *data.records.models]
     failures = sum(bool(record.failure) for record in everything)
     facts.append(Fact("failed units", str(failures)))
+    if left := _unfinished(data.records):
+        facts.append(Fact("planned units without a result", f"{left:,}"))
     return facts
+
+
+def _unfinished(records: StudyRows) -> int:
+    """Units that the studies planned and the rows do not hold."""
+    planned = sum(int(study.get("units", 0)) for study in records.studies)
+    return max(0, planned - len(records.units) - len(records.models))
 
 
 def comparison_section(data: StudyData) -> Section | None:

@@ -25,7 +25,7 @@ VALUES = {
     "problem": [{"family": "correlated", "rows": 2, "cols": [12, 16, 20]}],
     "solver": [
         {"solver": "wanda", "label": "Wanda"},
-        {"solver": "one-swap", "label": "1-swap", "start": ["wanda", "random"]},
+        {"solver": "ria", "label": "RIA", "options": {"alpha": [0.5, 1.0]}},
         {"solver": "enumeration:limit=20000", "label": "enumeration"},
     ],
 }

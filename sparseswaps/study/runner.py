@@ -162,7 +162,7 @@ class _Run:
         self._extract()
         owner = process_id()
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        begin = time.perf_counter()
+        clock = _Clock(self.record, self.study.name)
         ran = 0
         pool = Parallel(
             n_jobs=self.jobs,
@@ -179,7 +179,7 @@ class _Run:
             for result in results:
                 self.record.finish(result)
                 ran += 1
-                self._report(result, time.perf_counter() - begin)
+                self._report(result, clock)
         finally:
             self.record.release(owner)
             close_child()
@@ -199,24 +199,49 @@ class _Run:
             # where this process stands, not where the plan was written
             yield replace(unit, spec={**unit.spec, "folder": str(self.study.folder)})
 
-    def _report(self, result: UnitResult, seconds: float) -> None:
+    def _report(self, result: UnitResult, clock: _Clock) -> None:
         if self.progress is None:
             return
-        counts = self.record.counts([self.study.name])
-        means = self.record.mean_seconds()
-        overall = sum(means.values()) / len(means) if means else 0.0
-        left = sum(
-            count * means.get(label, overall)
-            for label, count in self.record.unfinished_labels([self.study.name]).items()
-        )
+        clock.add(result)
         self.progress(
             StudyProgress(
-                counts["done"],
-                counts["failed"],
-                sum(counts.values()),
-                seconds,
-                left / self.jobs,
+                clock.done,
+                clock.failed,
+                clock.total,
+                time.perf_counter() - clock.begin,
+                clock.seconds_left() / self.jobs,
                 result.record.label,
                 result.record.failure,
             )
         )
+
+
+class _Clock:
+    """How far a study is and what is left, kept up to date unit by unit.
+
+    Args:
+        record: where the counts start from; other processes' units are noticed at the next start.
+        study: name of the study.
+    """
+
+    def __init__(self, record: StudyDatabase, study: str) -> None:
+        self.begin = time.perf_counter()
+        counts = record.counts([study])
+        self.done, self.failed, self.total = counts["done"], counts["failed"], sum(counts.values())
+        self._left = record.unfinished_labels([study])
+        self._means = {label: (mean, 1) for label, mean in record.mean_seconds().items()}
+
+    def add(self, result: UnitResult) -> None:
+        """One more unit is finished."""
+        unit = result.record
+        self.done += not unit.failure
+        self.failed += bool(unit.failure)
+        self._left[unit.label] -= 1
+        mean, count = self._means.get(unit.label, (0.0, 0))
+        self._means[unit.label] = ((mean * count + unit.seconds) / (count + 1), count + 1)
+
+    def seconds_left(self) -> float:
+        """Expected seconds of what is left, one unit at a time."""
+        means = {label: mean for label, (mean, _) in self._means.items()}
+        overall = sum(means.values()) / len(means) if means else 0.0
+        return sum(max(count, 0) * means.get(label, overall) for label, count in self._left.items())
