@@ -30,7 +30,7 @@ LAYERS = {
 }
 
 
-@pytest.fixture()
+@pytest.fixture
 def token_file(tmp_path: Path) -> Path:
     path = tmp_path / "tokens.npy"
     np.save(path, tiny_models.tokens(2000).numpy())
