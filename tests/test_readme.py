@@ -1,0 +1,92 @@
+"""What the README shows is run here, on a small model and a small text."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+
+import sparseswaps as ss
+import sparseswaps.cli
+from sparseswaps.study import build_report, parse_study, plan_study, run_study
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the model and the texts that the README speaks of."""
+    tiny_models.save("llama", tmp_path / "path" / "to" / "model", torch.float16)
+    # windows of 64 tokens: at least the 128 that are asked for
+    (tmp_path / "text.txt").write_text(tiny_models.text(10_000))
+    (tmp_path / "other.txt").write_text(tiny_models.text(2_000, seed=1))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_python(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks("python")
+    exec(compile(code, "README.md", "exec"), {})
+    dense, pruned, wanda, swaps, status = capsys.readouterr().out.split()
+    assert float(dense) > 0
+    assert float(pruned) > 0
+    assert float(swaps) < float(wanda)
+    assert status == "local_optimum"
+
+
+def test_study(home: Path) -> None:
+    (text,) = blocks("toml")
+    # the small model has 16 channels and positions for 64 tokens
+    values = tomllib.loads(text.replace("cols = [64]", "cols = [16]").replace("length = 256", "length = 32"))
+    study = parse_study(values, home)
+    assert len(plan_study(study).units) > 0
+    outcome = run_study(study, home / "mine.sqlite", jobs=1, backend="sequential")
+    assert outcome.failed == 0
+    assert build_report(home / "mine.sqlite", home / "report").exists()
+    assert len(text.strip().splitlines()) - text.count("\n\n") <= 20
+
+
+def test_commands(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"MODEL": "path/to/model", "c4": "text.txt", "wikitext2-test": "other.txt"}
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("sparseswaps")]
+    ran = 0
+    for line in lines:
+        words = [names.get(word, word) for word in shlex.split(line, comments=True)]
+        if words[1] == "study":  # needs files that are not here, or is run above
+            continue
+        monkeypatch.setattr(sys, "argv", words)
+        code = 0
+        try:
+            sparseswaps.cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        assert code == 0, (line, captured.err)
+        ran += 1
+    assert ran >= 11
+
+
+def test_files_that_it_links_to_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert "://" in target or (ROOT / target).exists(), target
+
+
+def test_study_files_of_the_project_are_valid(shared_data: Path) -> None:
+    for file in sorted((ROOT / "reports" / "studies").glob("*.toml")):
+        assert len(plan_study(file).units) > 0, file
+
+
+def test_public_names() -> None:
+    for name in ss.__all__:
+        assert getattr(ss, name) is not None
