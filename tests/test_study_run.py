@@ -13,6 +13,8 @@ from dataclasses import replace
 import pytest
 
 from sparseswaps.errors import InputError, InvalidFileError
+from sparseswaps.problems import save_instance, synthetic_layer
+from sparseswaps.solvers import RIA, solve
 from sparseswaps.study import StudyDatabase, build_report, export, merge, parse_study, plan_units, run_study
 from sparseswaps.study.database import process_id
 from sparseswaps.study.execute import failed
@@ -318,3 +320,24 @@ def test_whole_models_and_their_layers_are_studied(tmp_path):
     layer_units = rows.units
     assert len(layer_units) == 2 * 3
     assert all(unit.held_out > 0 and unit.cols == 32 and unit.rows == 2 for unit in layer_units)
+
+
+def test_scores_see_the_whole_layer_of_which_rows_are_sampled(tmp_path):
+    layer = synthetic_layer("correlated", 12, 16, seed=3)
+    save_instance(layer, tmp_path / "layer.safetensors")
+    values = {
+        "name": "sample",
+        "problem": [{"files": ["layer.safetensors"], "rows": 3}],
+        "solver": [
+            {"solver": "ria", "label": "RIA"},
+            {"solver": "one-swap:max_swaps=0", "label": "no swap", "start": "ria"},
+        ],
+    }
+    run_study(parse_study(values, tmp_path), tmp_path / "s.sqlite", jobs=1, backend="sequential")
+    with StudyDatabase(tmp_path / "s.sqlite") as record:
+        rows = record.read().rows
+    expected = solve(layer, RIA()).row_objectives
+    assert len(rows) == 6
+    for row in rows:
+        # the same mask, scored twice in double precision
+        assert row.objective == pytest.approx(float(expected[row.row]), rel=1e-12)

@@ -6,18 +6,19 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar, final
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..pipeline import Mode
 from ..problems import LayerProblem
 from ..records import LayerRecord
 from ..run import PruneReport, peak_memory_mb, prune, versions
-from ..solvers import Budget, Solution, solve
+from ..solvers import Budget, Group, Outcome, Solution, Solver, solve
 from ..solvers.registry import parse_solver
 from ..study_records import ModelRecord, RowRecord, TraceRecord, UnitRecord, UnitResult
 from .problems import BuiltProblem, build_problem, resolve_model, resolve_path
@@ -106,8 +107,8 @@ def _execute_layer(unit: str, study: str, spec: Mapping[str, Any], cache: Path) 
     problem = built.problem
     choice = SolverChoice(**spec["solver"])
     solver = choice.build()
-    init = solve(problem, parse_solver(choice.start)) if choice.start else None
-    solution = solve(problem, solver, init, Budget(spec["seconds"]))
+    init = solve(problem, _on_whole_layer(parse_solver(choice.start), built)) if choice.start else None
+    solution = solve(problem, _on_whole_layer(solver, built), init, Budget(spec["seconds"]))
     held_out = built.held_out
     record = UnitRecord(
         unit=unit,
@@ -143,6 +144,31 @@ def _execute_layer(unit: str, study: str, spec: Mapping[str, Any], cache: Path) 
         machine=_machine(),
     )
     return UnitResult(layer=record, rows=_rows(unit, built, solution), trace=_trace(unit, solution))
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class _WholeLayer(Solver):
+    """A score on all rows of a layer, of which a sample is taken: RIA's looks at whole columns."""
+
+    name: ClassVar[str] = "whole-layer"
+    group: ClassVar[Group] = Group.SCORE
+
+    score: Solver
+    built: BuiltProblem
+
+    def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
+        """Score the whole layer."""
+        outcome = self.score.run(self.built.whole, None, budget)
+        rows = torch.tensor(self.built.row_indices)
+        return Outcome(None if outcome.mask is None else outcome.mask[rows], outcome.status)
+
+    def __repr__(self) -> str:
+        return repr(self.score)
+
+
+def _on_whole_layer(solver: Solver, built: BuiltProblem) -> Solver:
+    return _WholeLayer(solver, built) if solver.group is Group.SCORE else solver
 
 
 def _rows(unit: str, built: BuiltProblem, solution: Solution) -> tuple[RowRecord, ...]:

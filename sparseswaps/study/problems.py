@@ -51,13 +51,15 @@ class BuiltProblem:
     """A unit's problem with what is known about it.
 
     Attributes:
-        problem: what to solve; held_out: the same with the held-out text's Gram matrix, or None.
+        problem: what to solve; whole: the same with all rows, which some scores look at;
+        held_out: the same with the held-out text's Gram matrix, or None.
         identity: hash of weights, Gram matrix and pattern.
         source, layer, block, kind: where it comes from.
         row_indices: index in the layer of each row.
     """
 
     problem: LayerProblem
+    whole: LayerProblem
     held_out: LayerProblem | None
     identity: str
     source: str
@@ -212,6 +214,7 @@ def build_problem(
     chosen = sub_problem(full, rows, columns, pattern)
     return BuiltProblem(
         chosen,
+        sub_problem(full, np.arange(full.rows), columns, pattern),
         None if held_out is None else sub_problem(held_out, rows, columns, pattern),
         _identity(chosen),
         problem["name"],
