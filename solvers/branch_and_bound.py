@@ -85,7 +85,8 @@ class BranchAndBound(Solver):
         found = self.incumbent.improve(program.rescaled(start), start)
         found = better(program, found, start)
         scaled = program.rescaled(found)
-        proof = _Proof(scaled, found, self.gap_limit, self.node_limit, deadline)
+        # a tenth of the limit is left for rounding: the gap that is computed in the end is within it
+        proof = _Proof(scaled, found, 0.9 * self.gap_limit, self.node_limit, deadline)
         status = proof.run()
         best = better(program, proof.best, found)
         return RowResult(

@@ -285,3 +285,12 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(SolverNotInstalledError, match=library):
             ss.solve(problem, solver)
     assert ss.solve(problem, ss.BranchAndBound()).status is ss.Status.FINISHED
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+def test_finished_rows_are_within_the_gap_limit(pattern: str) -> None:
+    problem = ss.synthetic_layer("correlated", 6, 32, pattern)
+    for limit in (1e-6, 1e-2):
+        solution = ss.solve(problem, ss.BranchAndBound(gap_limit=limit))
+        assert solution.row_statuses == (ss.Status.FINISHED,) * 6
+        assert float(solution.row_gaps.max()) <= limit
