@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,6 +228,20 @@ def error_against_perplexity(methods: Sequence[DemoMethod]) -> Figure:
     )
 
 
+def telling_kinds(layers: Sequence[DemoLayer]) -> dict[str, str]:
+    """Kind of each layer by name; where a block has several of a kind, more words of the name with it."""
+    blocks = {layer.name: layer.block for layer in layers}
+    kinds = {layer.name: layer.kind for layer in layers}
+    words = {name: [word for word in name.split(".") if not word.isdigit()] for name in kinds}
+    for count in range(2, 1 + max(map(len, words.values()))):
+        places = Counter((blocks[name], kind) for name, kind in kinds.items())
+        shared = {kind for (_, kind), members in places.items() if members > 1}
+        kinds = {
+            name: ".".join(words[name][-count:]) if kind in shared else kind for name, kind in kinds.items()
+        }
+    return kinds
+
+
 def layer_error_map(
     labels: Sequence[str],
     layers: Sequence[DemoLayer],
@@ -235,12 +250,21 @@ def layer_error_map(
 ) -> Figure:
     """Layer errors over depth and type, one panel per method, one colour scale."""
     order = {label: index for index, label in enumerate(labels)}
+    kinds_of = telling_kinds(layers)
     rows = tuple(
-        (layer.method, layer.block, layer.kind, layer.name, layer.error, layer.error_start, layer.seconds)
+        (
+            layer.method,
+            layer.block,
+            kinds_of[layer.name],
+            layer.name,
+            layer.error,
+            layer.error_start,
+            layer.seconds,
+        )
         for layer in sorted(layers, key=lambda layer: (order[layer.method], layer.block))
     )
     blocks = len({layer.block for layer in layers})
-    kinds = len({layer.kind for layer in layers})
+    kinds = len(set(kinds_of.values()))
     panels = len({layer.method for layer in layers})
     across = 1 if blocks > 12 else 2 if panels in (2, 4) else min(panels, 3)
     down = -(-panels // across)

@@ -62,6 +62,15 @@ def test_the_page_needs_no_network_and_the_twin_shows_the_same_figures(tmp_path)
         assert (tmp_path / (link[0] or link[1])).is_file()
 
 
+def test_layers_of_one_kind_in_a_block_are_told_apart(tmp_path):
+    names = ["a.0.attention.output.dense", "a.0.output.dense", "a.0.query"]
+    layers = [DemoLayer("Wanda", name, 0, name.split(".")[-1], 0.1, 0.1, 0.1) for name in names]
+    write_demo_report(tmp_path, METHODS, layers)
+    with (tmp_path / "figures" / "layer-errors.csv").open() as file:
+        kinds = [row[2] for row in csv.reader(file)][1:]
+    assert kinds == ["attention.output.dense", "a.output.dense", "query"]
+
+
 def test_models_without_perplexity_are_reported_too(tmp_path):
     methods = [DemoMethod("Wanda", 0.2, None, None, None, 1.0)]
     page = write_demo_report(tmp_path, methods, [layer for layer in LAYERS if layer.method == "Wanda"])
