@@ -30,6 +30,8 @@ def numbers(rows: Sequence[Row], position: int) -> list[float]:
 def legend_below(canvas: Canvas, axes: Axes, columns: int = 3, title: str | None = None) -> None:
     """A legend under the plot, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
+    if max(map(len, labels), default=0) > LONG_LABEL:
+        columns = min(columns, 2)
     if len(labels) > 1:
         canvas.legend(
             handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), title=title
@@ -43,6 +45,8 @@ def plain_log(axis: Axis, percent: bool = False) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%" if percent else f"{value:g}"))
 
 
+# Characters of a legend entry of which three do not fit beside each other.
+LONG_LABEL = 30
 GAP_TICKS = (0.0, 0.1, 1.0, 10.0, 100.0)
 
 

@@ -18,6 +18,8 @@ from .palette import INK, NEUTRAL, style
 from .study_data import pattern_name, pattern_order
 from .tables import Column, Row, Table
 
+# Runs that a legend tells apart; with more of them, one sign stands for all runs of a solver.
+SERIES = 12
 # Panels of a heat map; more cannot be compared by eye.
 MAP_PANELS = 4
 
@@ -176,6 +178,8 @@ def error_against_quality(model: str, models: Sequence[ModelRecord]) -> Figure |
         return None
     causal = rated[0].perplexity is not None
     names = variant_names(rated)
+    if len(set(names.values())) > SERIES:
+        names = {record.unit: record.label for record in rated}
     order = list(dict.fromkeys(names[record.unit] for record in rated))
     rated.sort(key=lambda record: (order.index(names[record.unit]), pattern_order(record.pattern)))
     rows: tuple[Row, ...] = tuple(
