@@ -54,7 +54,8 @@ def test_study(home: Path) -> None:
     outcome = run_study(study, home / "mine.sqlite", jobs=1, backend="sequential")
     assert outcome.failed == 0
     assert build_report(home / "mine.sqlite", home / "report").exists()
-    assert len(text.strip().splitlines()) - text.count("\n\n") <= 20
+    # with pip install and the command itself still under ten lines
+    assert len(text.strip().splitlines()) + 2 < 10
 
 
 def test_commands(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
