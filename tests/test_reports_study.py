@@ -170,7 +170,8 @@ def test_studies_of_one_kind_are_reported_too(tmp_path, monkeypatch):
 
 
 BIG = """
-import resource, sys, time
+import re, resource, sys, time
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from study_rows import study_rows
 from sparseswaps.reports.study_report import write_study_report
@@ -178,7 +179,10 @@ rows = study_rows(93, 20)
 assert len(rows.rows) > 100_000
 begin = time.process_time()
 write_study_report(sys.argv[2], rows)
-print(time.process_time() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+if sys.platform == "linux":  # ru_maxrss starts from the size of the process that started this one
+    peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+print(time.process_time() - begin, peak)
 """
 
 
@@ -189,7 +193,7 @@ def test_a_hundred_thousand_rows_take_less_than_half_a_minute_and_a_gigabyte(tmp
     ).stdout.split()  # fmt: skip
     # processor time: other processes on the machine do not count
     assert float(out[0]) < 30
-    assert int(out[1]) * (1 if sys.platform == "darwin" else 1024) < 1e9
+    assert int(out[1]) < 1e9
     # a page that a phone can open
     assert (tmp_path / "index.html").stat().st_size < 2e6
 

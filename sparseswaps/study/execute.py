@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -140,7 +139,7 @@ def _execute_layer(unit: str, study: str, spec: Mapping[str, Any], cache: Path) 
         held_out=None if held_out is None else held_out.objective(solution.mask),
         held_out_norm=None if held_out is None else float(held_out.output_norms().sum()),
         seconds=solution.seconds,
-        peak_memory_mb=_peak_memory_mb(),
+        peak_memory_mb=peak_memory_mb(),
         machine=_machine(),
     )
     return UnitResult(layer=record, rows=_rows(unit, built, solution), trace=_trace(unit, solution))
@@ -261,7 +260,7 @@ def _model_record(
         cosine=report.cosine,
         seconds=seconds,
         seconds_layers=report.seconds_layers,
-        peak_memory_mb=_peak_memory_mb(),
+        peak_memory_mb=peak_memory_mb(),
         machine=_machine(),
     )
 
@@ -282,15 +281,6 @@ def _reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
-
-
-def _peak_memory_mb() -> float:
-    """Largest resident set of this process since the last reset, in 10⁶ bytes."""
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e6
-    return peak_memory_mb()
 
 
 def to_json(result: UnitResult) -> str:
