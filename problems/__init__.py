@@ -4,10 +4,12 @@ from .export import export_row, read_references, write_references
 from .files import load_instance, save_instance
 from .gram import Gram, GramAccumulator
 from .layer import Drift, LayerProblem
+from .metric import CoupledErrors, coupled_row, output_metric
 from .pattern import LayerBudget, Pattern, SparsityPattern, parse_pattern
 from .synthetic import synthetic_activations, synthetic_layer
 
 __all__ = [
+    "CoupledErrors",
     "Drift",
     "Gram",
     "GramAccumulator",
@@ -15,8 +17,10 @@ __all__ = [
     "LayerProblem",
     "Pattern",
     "SparsityPattern",
+    "coupled_row",
     "export_row",
     "load_instance",
+    "output_metric",
     "parse_pattern",
     "read_references",
     "save_instance",

@@ -1,7 +1,8 @@
 """Instance files: a layer problem as one safetensors file.
 
 Tensors ``weight`` (rows, cols), ``gram`` (cols, cols) and, with drift, ``drift_linear``
-(rows, cols) and ``drift_constant`` (rows,); the metadata holds pattern, name and provenance.
+(rows, cols), ``drift_constant`` (rows,) and perhaps ``drift_covariance`` (rows, rows), with an output
+metric ``metric`` (rows, rows); the metadata holds pattern, name and provenance.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ def save_instance(
     if problem.drift is not None:
         tensors["drift_linear"] = problem.drift.linear.cpu().contiguous()
         tensors["drift_constant"] = problem.drift.constant.cpu().contiguous()
+        if problem.drift.covariance is not None:
+            tensors["drift_covariance"] = problem.drift.covariance.cpu().contiguous()
+    if problem.metric is not None:
+        tensors["metric"] = problem.metric.cpu().contiguous()
     metadata = {
         "format": FORMAT,
         "pattern": json.dumps(
@@ -90,13 +95,14 @@ def load_instance_with_provenance(path: str | os.PathLike[str]) -> tuple[LayerPr
         )
     drift = None
     if "drift_linear" in tensors:
-        drift = Drift(tensors["drift_linear"], tensors["drift_constant"])
+        drift = Drift(tensors["drift_linear"], tensors["drift_constant"], tensors.get("drift_covariance"))
     pattern = json.loads(metadata["pattern"])
     problem = LayerProblem(
         tensors["weight"],
         Gram(tensors["gram"], int(metadata["tokens"])),
         pattern_of(**pattern),
         drift,
+        tensors.get("metric"),
         metadata["name"],
     )
     return problem, json.loads(metadata["provenance"])

@@ -148,7 +148,7 @@ def _checked_semidefinite(matrix: Tensor) -> Tensor:
 
 
 class GramAccumulator:
-    """Sums ``X Xᵀ`` over batches of activations, and with ``drift`` the two sums that drift needs.
+    """Sums ``X Xᵀ`` over batches of activations, and with ``drift`` the sums that drift needs.
 
     Each chunk of tokens is scaled channel by channel to at most 1 before its float32 product, and
     the products are summed in float64: activations of any dtype and range can neither overflow nor
@@ -158,23 +158,39 @@ class GramAccumulator:
         cols: input channels of the layer.
         device: where the sums are kept.
         drift: also sum ``X̂ (X - X̂)ᵀ`` and ``(X - X̂)(X - X̂)ᵀ``.
+        residual: width of the residual stream whose loss ``s = r - r̂`` (dense minus pruned) is summed as
+            well, ``X̂ sᵀ``, ``(X - X̂) sᵀ`` and ``s sᵀ``; 0 for none. With drift only.
     """
 
-    def __init__(self, cols: int, device: torch.device | str = "cpu", drift: bool = False) -> None:
+    def __init__(
+        self, cols: int, device: torch.device | str = "cpu", drift: bool = False, residual: int = 0
+    ) -> None:
         self.tokens = 0
         self._sums = torch.zeros((3 if drift else 1, cols, cols), dtype=torch.float64, device=device)
+        # X̂ sᵀ above (X - X̂) sᵀ above s sᵀ
+        self._residual = torch.zeros(
+            (2 * cols + residual if residual else 0, residual), dtype=torch.float64, device=device
+        )
 
     @property
     def has_drift(self) -> bool:
         """Whether the sums for drift are gathered."""
         return len(self._sums) == 3
 
-    def update(self, inputs: Tensor, dense_inputs: Tensor | None = None) -> None:
+    @property
+    def has_residual(self) -> bool:
+        """Whether the sums for residual drift are gathered."""
+        return self._residual.numel() > 0
+
+    def update(
+        self, inputs: Tensor, dense_inputs: Tensor | None = None, residual_loss: Tensor | None = None
+    ) -> None:
         """Add a batch.
 
         Args:
             inputs: what the layer receives, ``X̂ᵀ`` (..., cols), any floating dtype.
             dense_inputs: what it receives in the dense model, ``Xᵀ``, same shape; with drift only.
+            residual_loss: ``r - r̂`` (..., residual), dense minus pruned stream; with residual only.
 
         Raises:
             InvalidProblemError: for a wrong width, NaN or Inf, or missing dense inputs.
@@ -183,13 +199,20 @@ class GramAccumulator:
             raise InvalidProblemError(
                 "an accumulator with drift takes dense inputs beside the inputs, one without drift takes none"
             )
-        rows = self._flatten(inputs)
-        dense = None if dense_inputs is None else self._flatten(dense_inputs)
-        if dense is not None and dense.shape != rows.shape:
+        if self.has_residual != (residual_loss is not None):
             raise InvalidProblemError(
-                f"dense and pruned inputs cover the same tokens: expected {tuple(rows.shape)}, "
-                f"found {tuple(dense.shape)}"
+                "an accumulator with residual drift takes the residual stream's loss beside the inputs, "
+                "one without takes none"
             )
+        cols, width = self._sums.shape[-1], self._residual.shape[-1]
+        rows = self._flatten(inputs, cols)
+        dense = None if dense_inputs is None else self._flatten(dense_inputs, cols)
+        stream = None if residual_loss is None else self._flatten(residual_loss, width)
+        for other in (dense, stream):
+            if other is not None and len(other) != len(rows):
+                raise InvalidProblemError(
+                    f"dense and pruned inputs cover the same tokens: expected {len(rows)}, found {len(other)}"
+                )
         for start in range(0, len(rows), CHUNK_TOKENS):
             chunk, chunk_scale = _unit_range(rows[start : start + CHUNK_TOKENS])
             self._sums[0] += _product(chunk, chunk_scale, chunk, chunk_scale)
@@ -200,28 +223,36 @@ class GramAccumulator:
             lost, lost_scale = _unit_range(dense[piece].double() - rows[piece].double())
             self._sums[1] += _product(chunk, chunk_scale, lost, lost_scale)
             self._sums[2] += _product(lost, lost_scale, lost, lost_scale)
+            if stream is None:
+                continue
+            gone, gone_scale = _unit_range(stream[piece])
+            self._residual[:cols] += _product(chunk, chunk_scale, gone, gone_scale)
+            self._residual[cols : 2 * cols] += _product(lost, lost_scale, gone, gone_scale)
+            self._residual[2 * cols :] += _product(gone, gone_scale, gone, gone_scale)
         self.tokens += len(rows)
 
     def merge(self, other: GramAccumulator) -> None:
         """Add the sums of another accumulator, for instance of another process."""
-        if other._sums.shape != self._sums.shape:
+        if other._sums.shape != self._sums.shape or other._residual.shape != self._residual.shape:
             raise InvalidProblemError(
                 f"accumulators of one layer merge: expected sums of shape {tuple(self._sums.shape)}, "
                 f"found {tuple(other._sums.shape)}"
             )
         self._sums += other._sums.to(self._sums.device)
+        self._residual += other._residual.to(self._residual.device)
         self.tokens += other.tokens
 
     def state_dict(self) -> dict[str, Tensor]:
         """Sums and token count as tensors, to be sent to another process."""
-        return {"sums": self._sums, "tokens": torch.tensor(self.tokens)}
+        return {"sums": self._sums, "residual": self._residual, "tokens": torch.tensor(self.tokens)}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> GramAccumulator:
         """The accumulator whose ``state_dict()`` this is."""
         sums = state["sums"]
-        accumulator = cls(sums.shape[-1], sums.device, drift=len(sums) == 3)
+        accumulator = cls(sums.shape[-1], sums.device, len(sums) == 3, state["residual"].shape[-1])
         accumulator._sums = sums.clone()
+        accumulator._residual = state["residual"].clone()
         accumulator.tokens = int(state["tokens"])
         return accumulator
 
@@ -240,14 +271,26 @@ class GramAccumulator:
         """``(X - X̂)(X - X̂)ᵀ`` (cols, cols), float64."""
         return self._sums[2]
 
+    def residual_cross(self) -> Tensor:
+        """``X̂ (r - r̂)ᵀ`` (cols, residual), float64."""
+        return self._residual[: self._sums.shape[-1]]
+
+    def residual_lost(self) -> Tensor:
+        """``(X - X̂)(r - r̂)ᵀ`` (cols, residual), float64."""
+        cols = self._sums.shape[-1]
+        return self._residual[cols : 2 * cols]
+
+    def residual(self) -> Tensor:
+        """``(r - r̂)(r - r̂)ᵀ`` (residual, residual), float64."""
+        return self._residual[2 * self._sums.shape[-1] :]
+
     def _require_tokens(self) -> None:
         if self.tokens == 0:
             raise InvalidProblemError(
                 "a Gram matrix needs activations: expected at least one token, found none"
             )
 
-    def _flatten(self, inputs: Tensor) -> Tensor:
-        cols = self._sums.shape[-1]
+    def _flatten(self, inputs: Tensor, cols: int) -> Tensor:
         if inputs.shape[-1] != cols:
             raise InvalidProblemError(
                 f"activations are (..., cols): expected {cols} channels, found {inputs.shape[-1]}"

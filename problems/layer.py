@@ -11,10 +11,17 @@ Drift: when the layer receives ``X̂`` while its target stays ``W X``, the error
     Ĝ = X̂ X̂ᵀ,   h = X̂ (X - X̂)ᵀ w,   const = ‖wᵀ(X - X̂)‖²
 
 and a strength α moves the target from ``W X̂`` (α = 0) to ``W X`` (α = 1): h scales by α, const by α².
+Any target ``T`` (rows, tokens) gives ``h = X̂ (T - W X̂)ᵀ`` and ``const = ‖T - W X̂‖²`` row by row; for
+layers that write into the residual stream ``T = W X̂ + α W (X - X̂) + β (r - r̂)`` with the dense and
+pruned stream ``r``, ``r̂`` lets them repair what the stream has lost (*residual drift*, strength β).
+
+Output metric: with ``S`` (rows, rows) positive definite the error is ``tr(S E Eᵀ)``, ``E`` (rows, tokens)
+the output error. Rows are coupled then (see ``metric``); ``S = I`` is the paper's problem.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -35,21 +42,63 @@ class Drift:
 
     Args:
         linear: ``h`` (rows, cols).
-        constant: ``‖wᵀ(X - X̂)‖²`` (rows,).
+        constant: ``‖t - wᵀX̂‖²`` (rows,) with the row's target ``t``.
+        covariance: ``(T - W X̂)(T - W X̂)ᵀ`` (rows, rows), whose diagonal the constant is; only an
+            output metric needs it.
     """
 
     linear: Tensor
     constant: Tensor
+    covariance: Tensor | None = None
 
     @classmethod
-    def from_sums(cls, weight: Tensor, sums: GramAccumulator, strength: float) -> Drift:
-        """Drift of ``weight`` (rows, cols) at strength α in [0, 1], from an accumulator with drift."""
-        if not 0 <= strength <= 1:
-            raise InvalidProblemError(f"drift strength is a share: expected 0 ≤ α ≤ 1, found {strength:g}")
+    def from_sums(
+        cls,
+        weight: Tensor,
+        sums: GramAccumulator,
+        strength: float,
+        residual: float = 0.0,
+        covariance: bool = False,
+    ) -> Drift:
+        """Drift of ``weight`` (rows, cols) from an accumulator with drift.
+
+        Args:
+            weight: ``W`` (rows, cols).
+            sums: with drift, and with the residual stream's loss if ``residual`` is not 0.
+            strength: α in [0, 1], how far the target moves to ``W X``.
+            residual: β in [0, 1], share of the residual stream's loss that the layer is to repair.
+            covariance: whether the covariance across rows is computed too, for an output metric.
+        """
+        for name, value in (("drift strength", strength), ("residual drift strength", residual)):
+            if not 0 <= value <= 1:
+                raise InvalidProblemError(f"{name} is a share: expected 0 to 1, found {value:g}")
         rows = weight.detach().to(sums.cross().device, torch.float64)
         linear = strength * (rows @ sums.cross().T)
-        constant = strength**2 * ((rows @ sums.lost()) * rows).sum(1)
+        lost = strength**2 * (rows @ sums.lost())
+        mixed = strength * residual * (rows @ sums.residual_lost()) if residual else None
+        if residual:
+            linear += residual * sums.residual_cross().T
+        if covariance:
+            product = lost @ rows.T
+            if mixed is not None:
+                product += mixed + mixed.T + residual**2 * sums.residual()
+            return cls(linear, product.diagonal().clamp_min(0).clone(), product)
+        constant = (lost * rows).sum(1)
+        if mixed is not None:
+            constant += 2 * mixed.diagonal() + residual**2 * sums.residual().diagonal()
         return cls(linear, constant.clamp_min(0))
+
+    @classmethod
+    def from_target(cls, weight: Tensor, inputs: Tensor, target: Tensor) -> Drift:
+        """Drift of ``weight`` (rows, cols) from inputs ``X̂ᵀ`` (tokens, cols) and ``Tᵀ`` (tokens, rows)."""
+        missing = target.double() - inputs.double() @ weight.double().T
+        covariance = missing.T @ missing
+        return cls(missing.T @ inputs.double(), covariance.diagonal().clone(), covariance)
+
+    def rows(self, rows: slice | Tensor) -> Drift:
+        """The drift of some rows."""
+        covariance = None if self.covariance is None else self.covariance[rows][:, rows]
+        return Drift(self.linear[rows], self.constant[rows], covariance)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +110,7 @@ class LayerProblem:
         gram: ``G`` (cols, cols), a ``Gram`` or a tensor that becomes one.
         pattern: which masks are allowed.
         drift: optional linear and constant term of the error.
+        metric: optional output metric ``S`` (rows, rows), positive definite; see ``output_metric``.
         name: shown in messages and reports.
 
     Raises:
@@ -72,7 +122,41 @@ class LayerProblem:
     gram: Gram
     pattern: Pattern
     drift: Drift | None = None
+    metric: Tensor | None = None
     name: str = ""
+
+    @classmethod
+    def from_target(
+        cls,
+        weight: Tensor,
+        inputs: Tensor,
+        target: Tensor,
+        pattern: Pattern,
+        metric: Tensor | None = None,
+        name: str = "",
+    ) -> LayerProblem:
+        """The layer whose outputs are to come close to ``target`` instead of ``W X̂``.
+
+        Args:
+            weight: ``W`` (rows, cols).
+            inputs: ``X̂ᵀ`` (tokens, cols).
+            target: ``Tᵀ`` (tokens, rows).
+            pattern: which masks are allowed.
+            metric: optional output metric (rows, rows).
+            name: shown in messages and reports.
+
+        Raises:
+            InvalidProblemError: for shapes that do not fit, NaN or Inf.
+        """
+        if target.shape != (len(inputs), weight.shape[0]):
+            raise InvalidProblemError(
+                f"the target of a layer is (tokens, rows): expected {(len(inputs), weight.shape[0])}, "
+                f"found {tuple(target.shape)}"
+            )
+        sums = GramAccumulator(weight.shape[1], weight.device)
+        sums.update(inputs)
+        drift = Drift.from_target(weight, inputs.to(weight.device), target.to(weight.device))
+        return cls(weight, sums.gram(), pattern, drift, metric, name)
 
     def __post_init__(self) -> None:
         label = f"layer {self.name!r}" if self.name else "the layer"
@@ -102,6 +186,31 @@ class LayerProblem:
         object.__setattr__(self, "gram", gram.to(weight.device))
         if self.drift is not None:
             object.__setattr__(self, "drift", self._checked_drift(self.drift, label))
+        if self.metric is not None:
+            object.__setattr__(self, "metric", self._checked_metric(self.metric, label))
+
+    def _checked_metric(self, metric: Tensor, label: str) -> Tensor:
+        if metric.shape != (self.rows, self.rows):
+            raise InvalidProblemError(
+                f"the output metric of {label} is (rows, rows): expected ({self.rows}, {self.rows}), "
+                f"found {tuple(metric.shape)}"
+            )
+        metric = metric.detach().to(self.weight.device, torch.float64)
+        if not bool(torch.isfinite(metric).all()):
+            raise InvalidProblemError(f"the output metric of {label} is finite: found NaN or Inf")
+        if not torch.allclose(metric, metric.T, rtol=1e-5, atol=1e-8 * float(metric.abs().max())):
+            raise InvalidProblemError(f"the output metric of {label} is symmetric: expected S = Sᵀ")
+        metric = (metric + metric.T) / 2
+        if int(torch.linalg.cholesky_ex(metric).info) != 0:
+            raise InvalidProblemError(
+                f"the output metric of {label} is positive definite: found a matrix that is not; "
+                "add damping (see output_metric)"
+            )
+        if self.drift is not None and self.drift.covariance is None:
+            raise InvalidProblemError(
+                f"drift of {label} under an output metric: expected its covariance (rows, rows), found none"
+            )
+        return metric
 
     def _checked_drift(self, drift: Drift, label: str) -> Drift:
         linear = drift.linear.detach().to(self.weight.device, torch.float64)
@@ -122,7 +231,15 @@ class LayerProblem:
             raise InvalidProblemError(
                 f"drift of {label}: expected 0 for input channels that are always zero, found another value"
             )
-        return Drift(linear, constant)
+        covariance = drift.covariance
+        if covariance is not None:
+            covariance = covariance.detach().to(self.weight.device, torch.float64)
+            if covariance.shape != (self.rows, self.rows) or not bool(torch.isfinite(covariance).all()):
+                raise InvalidProblemError(
+                    f"covariance of the drift of {label}: expected finite values "
+                    f"({self.rows}, {self.rows}), found {tuple(covariance.shape)}"
+                )
+        return Drift(linear, constant, covariance)
 
     @property
     def rows(self) -> int:
@@ -151,26 +268,56 @@ class LayerProblem:
             return None
         return torch.where(self.gram.dead, 0.0, self.drift.linear / self.gram.scale.clamp_min(1e-300))
 
-    def row_objectives(self, mask: Tensor) -> Tensor:
+    def row_objectives(self, mask: Tensor, weight: Tensor | None = None) -> Tensor:
         """Error of each row under ``mask`` (rows, cols), in float64 (rows,).
+
+        With an output metric a row's share ``Σ_j S_ij ⟨E_i, E_j⟩`` of the layer's error, which may be
+        negative; the sum never is.
+
+        Args:
+            mask: kept weights (rows, cols), bool.
+            weight: values of the kept weights (rows, cols) where a solver changed them.
 
         Raises:
             InvalidProblemError: if ``mask`` has another shape or dtype.
         """
         self._check_mask(mask)
+        if self.metric is not None:
+            return (self.metric * self.output_error(mask, weight)).sum(1)
         errors = torch.empty(self.rows, dtype=torch.float64, device=self.device)
-        for start in range(0, self.rows, ROW_CHUNK):
-            rows = slice(start, start + ROW_CHUNK)
-            pruned = self.weight[rows].double().masked_fill(mask[rows].to(self.device), 0)
-            error = ((pruned @ self.gram.matrix) * pruned).sum(1)
+        for rows, lost in self._lost_weight(mask, weight):
+            error = ((lost @ self.gram.matrix) * lost).sum(1)
             if self.drift is not None:
-                error += 2 * (self.drift.linear[rows] * pruned).sum(1) + self.drift.constant[rows]
+                error += 2 * (self.drift.linear[rows] * lost).sum(1) + self.drift.constant[rows]
             errors[rows] = error
         return errors.clamp_min_(0)  # a squared norm; rounding may say a little less
 
-    def objective(self, mask: Tensor) -> float:
-        """Error of the whole layer under ``mask`` (rows, cols)."""
-        return float(self.row_objectives(mask).sum())
+    def output_error(self, mask: Tensor, weight: Tensor | None = None) -> Tensor:
+        """``E Eᵀ`` (rows, rows) of the output error ``E = T - Ŵ X̂`` under ``mask``, float64."""
+        self._check_mask(mask)
+        lost = torch.cat([part for _, part in self._lost_weight(mask, weight)])
+        product = lost @ self.gram.matrix @ lost.T
+        if self.drift is not None:
+            if self.drift.covariance is None:
+                raise InvalidProblemError("errors across rows: expected a drift with covariance, found none")
+            mixed = lost @ self.drift.linear.T
+            product += mixed + mixed.T + self.drift.covariance
+        return product
+
+    def _lost_weight(self, mask: Tensor, weight: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        """``W - Ŵ`` in float64, some rows at a time."""
+        for start in range(0, self.rows, ROW_CHUNK):
+            rows = slice(start, start + ROW_CHUNK)
+            kept = mask[rows].to(self.device)
+            dense = self.weight[rows].double()
+            if weight is None:
+                yield rows, dense.masked_fill(kept, 0)
+            else:
+                yield rows, dense - weight[rows].to(dense).masked_fill(~kept, 0)
+
+    def objective(self, mask: Tensor, weight: Tensor | None = None) -> float:
+        """Error of the whole layer under ``mask`` (rows, cols), with other kept weights if given."""
+        return float(self.row_objectives(mask, weight).sum().clamp_min(0))
 
     def output_norms(self) -> Tensor:
         """``‖wᵀX̂‖²`` of each row (rows,), float64: what relative errors are relative to."""
@@ -185,9 +332,16 @@ class LayerProblem:
         return mask.shape == self.weight.shape and self.pattern.allows(mask)
 
     def slice_rows(self, rows: slice | Tensor) -> LayerProblem:
-        """The problem of some rows, sharing the Gram matrix."""
-        drift = self.drift and Drift(self.drift.linear[rows], self.drift.constant[rows])
-        return replace(self, weight=self.weight[rows], drift=drift)
+        """The problem of some rows, sharing the Gram matrix.
+
+        With an output metric these are the rows alone, as if the others made no error.
+        """
+        return replace(
+            self,
+            weight=self.weight[rows],
+            drift=self.drift and self.drift.rows(rows),
+            metric=None if self.metric is None else self.metric[rows][:, rows],
+        )
 
     def to(self, device: torch.device | str) -> LayerProblem:
         """The same problem on another device."""

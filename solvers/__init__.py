@@ -1,5 +1,6 @@
 """How layer problems are solved: one algorithm per file, named as its paper names it."""
 
+from .additive_swap import AdditiveSwap
 from .base import Budget, Group, Outcome, Solution, Solver, Status, TracePoint, solve
 from .bounds import CorrEigenvalue, Dnn, LayerBound, Naive, Qcr, Sdp, SharedSplit, bound
 from .branch_and_bound import BranchAndBound
@@ -12,6 +13,7 @@ from .highs import HiGHS
 from .iterated_local_search import IteratedLocalSearch
 from .one_swap import OneSwap
 from .registry import SOLVERS
+from .row_sweeps import RowSweeps
 from .scip import SCIP
 from .scores import RIA, Magnitude, Random, Wanda
 from .tabu import Tabu
@@ -20,6 +22,7 @@ __all__ = [
     "RIA",
     "SCIP",
     "SOLVERS",
+    "AdditiveSwap",
     "BestOf",
     "BranchAndBound",
     "Budget",
@@ -39,6 +42,7 @@ __all__ = [
     "Outcome",
     "Qcr",
     "Random",
+    "RowSweeps",
     "Sdp",
     "Sequence",
     "SharedSplit",

@@ -96,6 +96,8 @@ class Outcome:
         row_statuses: why each row stopped, or None where that says nothing more than ``status``.
         trace: objective and bound against time.
         stats: counters per row, such as ``swaps`` or ``nodes``, each (rows,).
+        weight: new values of the kept weights (rows, cols), zero where pruned, from solvers of the group
+            *weight update*; None where kept weights stay as they are.
     """
 
     mask: Tensor | None
@@ -104,6 +106,7 @@ class Outcome:
     row_statuses: Sequence[Status] | None = None
     trace: Sequence[TracePoint] = ()
     stats: Mapping[str, Tensor] = field(default_factory=dict)
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +123,7 @@ class Solution:
         trace: objective and bound against time.
         stats: counters per row, each (rows,).
         seconds: wall-clock time of the solver's own run.
+        weight: kept weights after an update (rows, cols), zero where pruned; None where they are unchanged.
     """
 
     solver: str
@@ -131,11 +135,12 @@ class Solution:
     trace: tuple[TracePoint, ...]
     stats: Mapping[str, Tensor]
     seconds: float
+    weight: Tensor | None = None
 
     @property
     def objective(self) -> float:
         """Error of the layer."""
-        return float(self.row_objectives.sum())
+        return float(self.row_objectives.sum().clamp_min(0))
 
     @property
     def bound(self) -> float:
@@ -167,12 +172,14 @@ class Solver(ABC):
         group: what kind of method it is.
         requires: libraries that it imports, by module name.
         layer_budget: whether it covers patterns whose rows share one budget.
+        metric: whether it accepts an output metric: minimises the coupled error, or is a score.
     """
 
     name: ClassVar[str]
     group: ClassVar[Group]
     requires: ClassVar[tuple[str, ...]] = ()
     layer_budget: ClassVar[bool] = False
+    metric: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
@@ -215,6 +222,11 @@ def solve(
             f"solver {solver.name} prunes each row by itself: expected a pattern of rows or blocks, "
             f"found the budget of a whole layer ({problem.pattern})"
         )
+    if problem.metric is not None and not solver.metric:
+        raise UnsupportedProblemError(
+            f"solver {solver.name} sees each row alone: expected no output metric, found one; use "
+            "RowSweeps(solver), or coupled_row(problem), which states the layer as one row"
+        )
     if isinstance(init, Solution):
         init = init.mask
     if init is not None and not problem.is_feasible(init):
@@ -240,7 +252,8 @@ def _checked(problem: LayerProblem, solver: Solver, outcome: Outcome, seconds: f
             f"solver {solver.name} returned a mask without the pattern {problem.pattern}: "
             f"shape {tuple(mask.shape)}, {int(mask.sum())} kept"
         )
-    objectives = problem.row_objectives(mask)
+    weight = None if outcome.weight is None else _checked_weight(problem, solver, mask, outcome.weight)
+    objectives = problem.row_objectives(mask, weight)
     bounds = torch.zeros_like(objectives)
     if outcome.row_bounds is not None:
         bounds = outcome.row_bounds.to(objectives).clamp_min(0)
@@ -265,4 +278,19 @@ def _checked(problem: LayerProblem, solver: Solver, outcome: Outcome, seconds: f
         trace=tuple(outcome.trace),
         stats=dict(outcome.stats),
         seconds=seconds,
+        weight=weight,
     )
+
+
+def _checked_weight(problem: LayerProblem, solver: Solver, mask: Tensor, weight: Tensor) -> Tensor:
+    if weight.shape != problem.weight.shape or not bool(torch.isfinite(weight).all()):
+        raise InvalidOutcomeError(
+            f"solver {solver.name} returned new weights: expected finite values "
+            f"{tuple(problem.weight.shape)}, found {tuple(weight.shape)} with "
+            f"{int((~torch.isfinite(weight)).sum())} NaN or Inf"
+        )
+    if bool((weight[~mask] != 0).any()):
+        raise InvalidOutcomeError(
+            f"solver {solver.name} returned new weights: expected zeros where its mask prunes, found others"
+        )
+    return weight.detach().to(problem.weight)

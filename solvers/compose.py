@@ -63,6 +63,11 @@ class Sequence(Solver):
             outcome = solver.run(problem, outcome.mask, _remaining(budget, deadline))
         return outcome
 
+    @property
+    def metric(self) -> bool:  # type: ignore[override]  # depends on the members
+        """Whether all members accept an output metric."""
+        return all(solver.metric for solver in self.solvers)
+
     def missing(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the members
         """Required libraries of any member that are not installed."""
         return tuple(dict.fromkeys(name for solver in self.solvers for name in solver.missing()))

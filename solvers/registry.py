@@ -7,6 +7,7 @@ import types
 import typing
 
 from ..errors import InputError
+from .additive_swap import AdditiveSwap
 from .base import Solver
 from .bounds import CorrEigenvalue, Dnn, Naive, Qcr, Sdp, SharedSplit
 from .branch_and_bound import BranchAndBound
@@ -28,6 +29,7 @@ SOLVERS: dict[str, type[Solver]] = {
         Wanda,
         RIA,
         OneSwap,
+        AdditiveSwap,
         Greedy,
         Tabu,
         IteratedLocalSearch,

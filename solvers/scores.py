@@ -23,6 +23,7 @@ class Random(Solver):
     name: ClassVar[str] = "random"
     group: ClassVar[Group] = Group.SCORE
     layer_budget: ClassVar[bool] = True
+    metric: ClassVar[bool] = True  # a score looks at no output error
 
     seed: int = 0
 
@@ -41,6 +42,7 @@ class Magnitude(Solver):
     name: ClassVar[str] = "magnitude"
     group: ClassVar[Group] = Group.SCORE
     layer_budget: ClassVar[bool] = True
+    metric: ClassVar[bool] = True  # a score looks at no output error
 
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
         """Score and select."""
@@ -55,6 +57,7 @@ class Wanda(Solver):
     name: ClassVar[str] = "wanda"
     group: ClassVar[Group] = Group.SCORE
     layer_budget: ClassVar[bool] = True
+    metric: ClassVar[bool] = True  # a score looks at no output error
 
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
         """Score and select."""
@@ -73,6 +76,7 @@ class RIA(Solver):
     name: ClassVar[str] = "ria"
     group: ClassVar[Group] = Group.SCORE
     layer_budget: ClassVar[bool] = True
+    metric: ClassVar[bool] = True  # a score looks at no output error
 
     alpha: float = 0.5
 

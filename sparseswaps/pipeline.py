@@ -381,7 +381,7 @@ class _Job:
             identity = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
             return LayerProblem(weight, Gram(identity), pattern, name=layer.name)
         drift = Drift.from_sums(weight, sums, self.drift) if sums.has_drift else None
-        return LayerProblem(weight, sums.gram(), pattern, drift, layer.name)
+        return LayerProblem(weight, sums.gram(), pattern, drift, name=layer.name)
 
     def _report(self, finished: LayerRecord) -> None:
         done = sum(layer.rows * layer.cols for layer in self.record.layers())

@@ -1,0 +1,122 @@
+"""Sweeps over the rows of a layer that an output metric couples.
+
+Under ``tr(S E Eᵀ)`` the error seen from row i is, up to a constant, ``S_ii`` times
+
+    r_iᵀ G r_i + 2 h'_iᵀ r_i,      h'_i = h_i + Σ_{j≠i} (S_ij / S_ii) P_j,      P_j = G r_j + h_j = X̂ E_jᵀ:
+
+the row's own problem with a shifted linear term. Solving row after row, each from its present mask,
+never raises the layer's error, and ends where no row can improve alone (block coordinate descent). Rows
+of a batch are solved at once as if the others of the batch stood still; where the true change of the
+layer's error, which is computed, is not a decrease, the batch is solved again in halves.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, UnsupportedProblemError
+from ..problems.layer import LayerProblem
+from ..problems.metric import CoupledErrors
+from ..problems.pattern import LayerBudget
+from .base import Budget, Group, Outcome, Solver, Status
+from .one_swap import OneSwap
+
+
+@final
+@dataclass(frozen=True)
+class RowSweeps(Solver):
+    """Minimise the coupled error of a layer with a solver of single rows.
+
+    Without an output metric this is the solver itself.
+
+    Args:
+        solver: solves the rows, from their present masks.
+        sweeps: how often every row is solved again; fewer when no row changes any more.
+        batches: a sweep solves its rows in so many batches (at least one row each).
+        seed: of the order of the rows.
+    """
+
+    name: ClassVar[str] = "row-sweeps"
+    metric: ClassVar[bool] = True
+
+    solver: Solver = field(default_factory=OneSwap)
+    sweeps: int = 2
+    batches: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sweeps < 1 or self.batches < 1:
+            raise InputError(
+                f"sweeps over rows: expected at least one sweep and one batch, found {self.sweeps} and "
+                f"{self.batches}"
+            )
+
+    @property
+    def group(self) -> Group:  # type: ignore[override]  # depends on the member
+        """The group of the rows' solver."""
+        return self.solver.group
+
+    @property
+    def layer_budget(self) -> bool:  # type: ignore[override]  # depends on the member
+        """Whether the rows' solver covers budgets of a whole layer; not under an output metric."""
+        return self.solver.layer_budget
+
+    def missing(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the member
+        """Required libraries of the rows' solver that are not installed."""
+        return self.solver.missing()
+
+    def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
+        """Solve the rows alone, then sweep; stats are those of the first pass plus ``changed`` rows."""
+        if problem.metric is None:
+            return self.solver.run(problem, init, budget)
+        if isinstance(problem.pattern, LayerBudget):
+            raise UnsupportedProblemError(
+                "sweeps over rows: expected a pattern of rows or blocks under an output metric, found the "
+                f"budget of a whole layer ({problem.pattern})"
+            )
+        deadline = budget.deadline()
+        alone = self.solver.run(replace(problem, metric=None), init, replace(budget, progress=None))
+        if alone.mask is None:
+            return alone
+        mask = alone.mask.clone()
+        errors = CoupledErrors(problem, problem.weight.double().masked_fill(mask, 0))
+        generator = torch.Generator().manual_seed(self.seed)
+        changed = torch.zeros(problem.rows, dtype=torch.int64)
+        status = Status.ITERATION_LIMIT
+        done, total = 0, self.sweeps * problem.rows
+        for _ in range(self.sweeps):
+            before = changed.clone()
+            order = torch.randperm(problem.rows, generator=generator)
+            for rows in torch.tensor_split(order, min(self.batches, problem.rows)):
+                if time.monotonic() > deadline:
+                    return Outcome(mask, Status.TIME_LIMIT, stats={**alone.stats, "changed": changed})
+                changed[self._solve(errors, mask, rows.to(problem.device), deadline)] += 1
+                done += len(rows)
+                budget.report(done * problem.rows // total, problem.rows)
+            if torch.equal(before, changed):
+                status = Status.LOCAL_OPTIMUM
+                break
+        return Outcome(mask, status, stats={**alone.stats, "changed": changed})
+
+    def _solve(self, errors: CoupledErrors, mask: Tensor, rows: Tensor, deadline: float) -> Tensor:
+        """Solve some rows in the layer's present state; returns those whose mask changed, on the CPU."""
+        part = errors.rows_alone(rows)
+        left = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
+        found = self.solver.run(part, mask[rows], Budget(left)).mask
+        if found is None:
+            return rows[:0].cpu()
+        moved = (found != mask[rows]).any(1)
+        if not bool(moved.any()):
+            return rows[:0].cpu()
+        if errors.try_lost(rows, part.weight.double().masked_fill(found, 0)):
+            mask[rows] = found
+            return rows[moved].cpu()
+        if len(rows) == 1:
+            return rows[:0].cpu()
+        halves = [self._solve(errors, mask, half, deadline) for half in rows.tensor_split(2)]
+        return torch.cat(halves)
