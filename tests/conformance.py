@@ -16,6 +16,8 @@ SOLVERS: list[ss.Solver] = [
     ss.OneSwap(),
     ss.OneSwap(max_swaps=2),
     ss.OneSwap(search="best"),
+    ss.AdditiveSwap(),
+    ss.AdditiveSwap(accept="error", max_swaps=3),
     ss.Greedy(),
     ss.Tabu(effort=0.2),
     ss.Sequence(ss.Greedy(), ss.Tabu(effort=0.2)),
