@@ -16,6 +16,7 @@ import numpy as np
 
 from ..study_records import ModelRecord, StudyRows, UnitRecord
 from .ablations import calibration_section, convergence_section, warm_start_section
+from .interaction import interaction_section
 from .model_results import model_sections
 from .optimality import bounds_section, optimality_section
 from .page import Fact, Section, build_page
@@ -37,6 +38,7 @@ def write_study_report(out_dir: str | os.PathLike[str], records: StudyRows) -> P
         comparison_section(data),
         timing_section(data),
         convergence_section(data),
+        interaction_section(data, records.models),
         warm_start_section(data),
         calibration_section(data),
         *model_sections(records.models, records.layers),

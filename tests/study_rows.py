@@ -27,9 +27,13 @@ SOLVERS = [
     ("best swaps, max swaps 0", "best swaps", "wanda", T[0], "local search", (1.6, 1.25), 0.001, 0),
     ("best swaps, max swaps 2", "best swaps", "wanda", T[2], "local search", (1.1, 1.25), 0.02, 2),
     ("best swaps, max swaps none", "best swaps", "wanda", T["none"], "local search", (1.0, 1.25), 0.1, 4),
+    ("blind, max swaps 0", "blind", "wanda", T[0], "local search", (1.6, 1.25), 0.001, 0),
+    ("blind, max swaps none", "blind", "wanda", T["none"], "local search", (1.2, 1.25), 0.05, 5),
     ("branch and bound", "branch and bound", "", {}, "exact", (1.0, 1.0), 1.0, None),
     ("shared split", "shared split", "", {}, "bound", (1.6, 1.25), 0.1, None),
 ]  # fmt: skip
+# how those describe themselves that a section looks for
+DESCRIBED = {"1-swap": "OneSwap()", "best swaps": "OneSwap(search='best')", "blind": "AdditiveSwap()"}
 # the widest problem is not proven: branch and bound stops there at 80 % of the optimum
 WIDTHS = (16, 64, 128)
 PATTERNS = ("50%", "2:4")
@@ -72,7 +76,7 @@ def layer_units(problems_per_size=2, rows_per_problem=2):
                             layer=f"layers.{copy}.q_proj", block=copy, kind="q_proj", rows=rows_per_problem,
                             cols=cols, pattern=pattern, sparsity=0.5, problem=problem, label=label,
                             method=method, start=start, options=json.dumps(options), group=group, seed=0,
-                            solver=f"{method.replace('-', '').replace(' ', '').capitalize()}()",
+                            solver=DESCRIBED.get(method, f"{method.replace(' ', '').capitalize()}()"),
                             budget=None, status="finished", failure="", objective=objective, bound=bound,
                             norm=100.0, held_out=None, held_out_norm=None,
                             seconds=rows_per_problem * seconds * cols / 16, peak_memory_mb=300.0,
@@ -121,6 +125,7 @@ RUNS = [
     ("1-swap", "1-swap", "wanda", {}, "sequential", 0.0, 4, "text", 0.08, 0.2, 18.0, 0.15),
     ("1-swap", "1-swap", "wanda", {}, "sequential", 0.0, 64, "other", 0.09, 0.3, 30.0, 0.25),
     ("1-swap, from random", "1-swap", "random", {}, "sequential", 0.0, 64, "text", 0.105, 0.155, 14.5, 0.11),
+    ("blind", "blind", "wanda", {}, "sequential", 0.0, 64, "text", 0.13, 0.17, 16.0, 0.13),
     ("best, 1", "best", "", {"max_swaps": 1}, "sequential", 0.0, 64, "text", 0.18, 0.2, 19.0, 0.18),
     ("best, none", "best", "", {"max_swaps": "none"}, "sequential", 0.0, 64, "text", 0.1, 0.15, 14.0, 0.1),
 ]  # fmt: skip
@@ -136,8 +141,8 @@ def model_runs():
                 models.append(
                     ModelRecord(
                         unit=unit, study="hand", label=label, method=method, start=start,
-                        options=json.dumps(options), solver=method, group="local search", seed=0, model=model,
-                        pattern=pattern, sparsity=0.5, mode=mode, drift=drift, calibration=text,
+                        options=json.dumps(options), solver=DESCRIBED.get(method, method),
+                        group="local search", seed=0, model=model, pattern=pattern, sparsity=0.5, mode=mode, drift=drift, calibration=text,
                         samples=samples, length=256, calibration_hash="c0ffee" * 10, evaluation="held",
                         evaluation_windows=32, status="finished", failure="", error_start=0.3,
                         error=error * harder, held_out_error=held_out * harder,

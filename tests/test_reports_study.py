@@ -42,7 +42,7 @@ def column(path, name, **where):
 def test_the_golden_files_cover_every_figure_and_table(report):
     written = {path.relative_to(report) for path in report.glob("*/*.csv")}
     assert written == {path.relative_to(GOLDEN) for path in GOLDEN.glob("*/*.csv")}
-    assert sum(path.parts[0] == "figures" for path in written) == 20
+    assert sum(path.parts[0] == "figures" for path in written) == 21
 
 
 @pytest.mark.parametrize("name", sorted(str(p.relative_to(GOLDEN)) for p in GOLDEN.glob("*/*.csv")))
@@ -96,12 +96,34 @@ def test_times_and_penalties_by_hand(report):
 def test_convergence_and_starts_by_hand(report):
     convergence = report / "figures" / "convergence.csv"
     rows = column(convergence, "error above the last", **{"T": "∞"})
-    assert [float(row) for row in rows] == [0.0, 0.0, 0.0]
+    assert [float(row) for row in rows] == [0.0] * 6  # two searches on three widths
     # problems 1 to 4: rows 1 + p and 2 + p, with factors (1.6, 1.25) against (1, 1.25)
     start = sum(1.6 * (1 + p) + 1.25 * (2 + p) for p in range(1, 5))
     end = sum(1.0 * (1 + p) + 1.25 * (2 + p) for p in range(1, 5))
-    found = column(convergence, "error above the last", T="0", cols="16")
+    found = column(convergence, "error above the last", T="0", cols="16", solver="best swaps, from wanda")
     assert float(found[0]) == pytest.approx(start / end - 1)
+
+
+def test_the_interaction_term_by_hand(report):
+    table = report / "tables" / "interaction.csv"
+    # even rows end at 1.2 instead of 1.0, odd ones at 1.25 both
+    end = sum(1.0 * (1 + p) + 1.25 * (2 + p) for p in range(1, 5))
+    blind = sum(1.2 * (1 + p) + 1.25 * (2 + p) for p in range(1, 5))
+    chosen = {"solver": "blind, from wanda", "T": "∞", "cols": "16"}
+    assert float(column(table, "error above 1-swap", **chosen)[0]) == pytest.approx(blind / end - 1)
+    assert column(table, "larger", **chosen) == ["0.5"]
+    assert column(table, "smaller", **chosen) == ["0.0"]
+    best = {"solver": "best swaps, from wanda", "T": "∞"}
+    assert column(table, "error above 1-swap", **best) == ["0.0"] * 3
+    # the whole-model run of the same start stands beside 1-swap's
+    models = report / "tables" / "interaction-models.csv"
+    first = {"model": "model A", "pattern": "50%"}
+    assert column(models, "solver", **first) == ["1-swap", "blind"]
+    assert column(models, "perplexity", **first) == ["14.0", "16.0"]
+    page = (report / "index.html").read_text()
+    wide = sum(f * (1 + p + r) for p in range(9, 13) for r, f in ((0, 1.2), (1, 1.25)))
+    wide /= sum(f * (1 + p + r) for p in range(9, 13) for r, f in ((0, 1.0), (1, 1.25)))
+    assert f"blind, from wanda ends with {wide - 1:.2%} more error than best swaps, from wanda" in page
 
 
 def test_the_text_is_computed_from_the_rows(report):
