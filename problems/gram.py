@@ -96,6 +96,17 @@ class Gram:
             largest[start : start + len(rows)] = rows.amax(1)
         return largest
 
+    def shrunk(self, share: float) -> Gram:
+        """``(1 - λ) G + λ diag(G)``: correlations scaled down, norms of channels kept."""
+        if not 0 <= share <= 1:
+            raise InvalidProblemError(f"shrinkage is a share: expected 0 to 1, found {share:g}")
+        if share == 0:
+            return self
+        matrix = (1 - share) * self.matrix
+        matrix.diagonal().copy_(self.matrix.diagonal())
+        # a convex combination of semidefinite matrices: nothing left to check
+        return _trusted_gram(matrix, self.tokens)
+
     def to(self, device: torch.device | str) -> Gram:
         """The same matrix on another device, without checking it again."""
         device = torch.device(device)

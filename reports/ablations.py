@@ -357,6 +357,14 @@ def _model_swaps(record: ModelRecord) -> str | None:
     return None if allowed is None else show_swaps(allowed)
 
 
+def _drift_strength(record: ModelRecord) -> str | None:
+    """One-shot, or the strength of the drift where the objective has nothing else."""
+    if record.mode == "one-shot" or record.objective == "plain":
+        return record.mode if record.mode == "one-shot" else "0"
+    name, _, value = record.objective.partition("=")
+    return value if name == "drift" and "," not in value else None
+
+
 FACTORS = (
     Factor(
         "swaps", "swaps allowed per row", _model_swaps, lambda x: float("inf") if x == INFINITE else float(x)
@@ -367,7 +375,7 @@ FACTORS = (
     Factor(
         "drift",
         "one-shot, then sequential with drift",
-        lambda record: record.mode if record.mode == "one-shot" else f"{record.drift:g}",
+        _drift_strength,
         lambda x: -1.0 if x == "one-shot" else float(x),
     ),
 )

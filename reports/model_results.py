@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure as Canvas
 
-from ..study_records import ModelLayer, ModelRecord
+from ..study_records import LayerBoundRecord, ModelLayer, ModelRecord
 from .ablations import FACTORS, factor_figure, factor_of, swaps_allowed
 from .axes import legend_below, numbers, plain_log, series
 from .demo import DemoLayer, layer_error_map
 from .figures import Figure
+from .model_bounds import model_bounds_section
 from .page import Section
 from .palette import INK, NEUTRAL, style
 from .study_data import pattern_name, pattern_order
@@ -30,9 +31,8 @@ def variant_names(models: Sequence[ModelRecord]) -> dict[str, str]:
     for record in models:
         peers = [other for other in models if other.model == record.model]
         parts = [record.label]
-        if len({(other.mode, other.drift) for other in peers}) > 1:
-            drift = f", drift {record.drift:g}" if record.drift else ""
-            parts.append(record.mode + drift)
+        if len({other.fitted for other in peers}) > 1:
+            parts.append(record.fitted)
         if len({other.samples for other in peers}) > 1:
             parts.append(f"{record.samples} windows")
         if len({other.calibration for other in peers}) > 1:
@@ -61,7 +61,9 @@ def quality(record: ModelRecord) -> float | None:
     return None if record.cosine is None else 1 - record.cosine
 
 
-def model_sections(models: Sequence[ModelRecord], layers: Sequence[ModelLayer]) -> list[Section]:
+def model_sections(
+    models: Sequence[ModelRecord], layers: Sequence[ModelLayer], bounds: Sequence[LayerBoundRecord] = ()
+) -> list[Section]:
     """Sections about whole models; empty without any."""
     done = [record for record in models if not record.failure]
     if not done:
@@ -73,6 +75,9 @@ def model_sections(models: Sequence[ModelRecord], layers: Sequence[ModelLayer]) 
         figure = error_against_quality(name, members)
         items += [figure] if figure is not None else []
     sections = [Section("Whole models", tuple(_model_text(done, names)), tuple(items))]
+    certified = model_bounds_section(_sorted(done, names), layers, bounds, names)
+    if certified is not None:
+        sections.append(certified)
     agreement = agreement_table(done, names)
     if agreement is not None:
         sections.append(

@@ -10,6 +10,7 @@ solution = ss.solve(problem, ss.OneSwap())
 
 from . import errors, problems, solvers
 from .errors import *  # noqa: F403
+from .objective import Objective
 from .pipeline import Mode, layer_problems, prune_layers
 from .problems import *  # noqa: F403
 from .run import PruneReport, prune
@@ -20,6 +21,7 @@ __all__ = [
     *problems.__all__,
     *solvers.__all__,
     "Mode",
+    "Objective",
     "PruneReport",
     "layer_problems",
     "prune",

@@ -75,7 +75,13 @@ class Stream:
         return self._blocks[self._done]
 
     def observe(
-        self, batch: int, layers: Sequence[PrunableLayer], observer: Observer, advance: bool = False
+        self,
+        batch: int,
+        layers: Sequence[PrunableLayer],
+        observer: Observer,
+        advance: bool = False,
+        writers: Sequence[PrunableLayer] = (),
+        stream_observer: Observer | None = None,
     ) -> None:
         """Run one batch and tell ``observer`` what each of ``layers`` receives.
 
@@ -84,8 +90,16 @@ class Stream:
             layers: layers of the current block.
             observer: called with the layer and its input (..., cols).
             advance: also keep what the block returns, for ``finish_block``.
+            writers: layers of the current block whose output is added to something (``residual_writers``).
+            stream_observer: called with each of them and what its output is added to (..., rows).
         """
-        with _observed(layers, observer, stop=self._skip and not advance), self._cut_after(batch, advance):
+        stop = self._skip and not advance and not writers
+        with ExitStack() as watching:
+            watching.enter_context(_observed(layers, observer, stop))
+            if writers and stream_observer is not None:
+                end = self._skip and not advance
+                watching.enter_context(_AdditionObserver(writers, stream_observer, end))
+            watching.enter_context(self._cut_after(batch, advance))
             self._forward(batch)
 
     def advance(self, batch: int) -> None:
@@ -131,13 +145,13 @@ class Stream:
 
         with ExitStack() as replaced:
             for block in self._blocks[: self._done]:
-                replaced.enter_context(_forward_replaced(block.module, recall(block.stack)))
-            replaced.enter_context(_forward_replaced(current.module, last))
+                replaced.enter_context(forward_replaced(block.module, recall(block.stack)))
+            replaced.enter_context(forward_replaced(current.module, last))
             yield
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """``module`` calls ``forward``; afterwards whatever it called before (a wrapper included)."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
@@ -223,6 +237,71 @@ def steps_of(stream: Stream) -> list[Step]:
             placed.update(members)
     steps += [Step(((layer,),)) for layer in layers if layer not in placed]
     return steps
+
+
+def residual_writers(stream: Stream) -> list[PrunableLayer]:
+    """The current block's layers whose output is added, as it is, to another tensor of the same shape.
+
+    These write into the residual stream (attention output, second layer of an MLP); what their output is
+    added to is the stream. Layers whose output is normed first, or goes through a router, are none.
+    """
+    layers = [layer for layer in stream.current.layers if layer.expert is None]
+    found: list[PrunableLayer] = []
+
+    def note(layer: PrunableLayer, _stream: Tensor) -> None:
+        found.append(layer)
+
+    stream.observe(0, (), lambda *_: None, writers=layers, stream_observer=note)
+    return [layer for layer in layers if layer in found]
+
+
+class _AdditionObserver(TorchFunctionMode):
+    """Sees what the outputs of some layers are added to.
+
+    With ``stop`` the forward ends when all of them have been seen.
+    """
+
+    _ADDITIONS = frozenset(
+        {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+    )
+
+    def __init__(self, layers: Sequence[PrunableLayer], observer: Observer, stop: bool) -> None:
+        super().__init__()
+        self._observer = observer
+        self._stop = stop
+        self._waiting = set(layers)
+        self._outputs: list[tuple[PrunableLayer, Tensor]] = []  # held, so that addresses stay theirs
+        self._handles = [layer.module.register_forward_hook(self._hook_of(layer)) for layer in layers]
+
+    def _hook_of(self, layer: PrunableLayer) -> Callable[..., None]:
+        return lambda _module, _inputs, output: self._outputs.append((layer, output))
+
+    def __exit__(self, *args: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._outputs.clear()
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in self._ADDITIONS and len(args) == 2 and all(isinstance(each, Tensor) for each in args):
+            for term, other in (args, args[::-1]):
+                layer = self._layer_of(term)
+                if layer in self._waiting and term.shape == other.shape:
+                    self._waiting.discard(layer)
+                    self._observer(layer, other)
+            if self._stop and not self._waiting:
+                raise _Stop
+        return func(*args, **(kwargs or {}))
+
+    def _layer_of(self, tensor: Tensor) -> PrunableLayer | None:
+        """The layer whose output this is, be it reshaped."""
+        for layer, output in self._outputs:
+            same = output.data_ptr() == tensor.data_ptr() and output.numel() == tensor.numel()
+            if same and output.shape[-1] == tensor.shape[-1]:
+                return layer
+        return None
 
 
 @contextmanager

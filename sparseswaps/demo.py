@@ -8,6 +8,7 @@ from rich.table import Table
 
 from .calibration import calibration_windows, evaluation_windows
 from .models import load_model
+from .objective import Objective
 from .pipeline import Progress
 from .records import LayerRecord
 from .reports.demo import DemoLayer, DemoMethod, write_demo_report
@@ -21,12 +22,12 @@ SAMPLES = 48
 LENGTH = 512
 # Windows of the held-out modules: enough for a perplexity that ranks the methods.
 EVALUATION_WINDOWS = 48
-DRIFT = 0.75
 METHODS = (
-    ("magnitude", Magnitude(), 0.0),
-    ("Wanda", Wanda(), 0.0),
-    ("Wanda + 1-swap", OneSwap(), 0.0),
-    (f"1-swap, drift {DRIFT:g}", OneSwap(), DRIFT),
+    ("magnitude", Magnitude(), Objective()),
+    ("Wanda", Wanda(), Objective()),
+    ("1-swap", OneSwap(), Objective()),
+    ("1-swap, drift", OneSwap(), Objective(drift=0.75)),
+    ("1-swap, drift and output metric", OneSwap(), Objective(drift=0.75, residual=0.5, metric=True)),
 )
 
 
@@ -44,7 +45,7 @@ def run_demo(out: Path, progress: Progress) -> tuple[Table, Path]:
     calibration = calibration_windows("stdlib", tokenizer, SAMPLES, LENGTH)
     evaluation = evaluation_windows("stdlib-held-out", tokenizer, LENGTH, EVALUATION_WINDOWS)
     reports = []
-    for label, solver, drift in METHODS:
+    for label, solver, objective in METHODS:
         report = prune(
             MODEL,
             SPARSITY,
@@ -52,7 +53,7 @@ def run_demo(out: Path, progress: Progress) -> tuple[Table, Path]:
             evaluation=evaluation,
             solver=solver,
             length=LENGTH,
-            drift=drift,
+            objective=objective,
             device="cpu",
             progress=progress,
         )

@@ -36,7 +36,8 @@ class LayerMask:
         rows, cols: shape of the weight.
         keep, block, scope: the pattern (see ``problems.pattern``).
         dense_hash: SHA-256 of the dense weight in the checkpoint's dtype.
-        kept_hash: SHA-256 of the same weight with zeros where pruned.
+        kept_hash: SHA-256 of the weight with zeros where pruned, as it was saved.
+        updated: whether the solver changed kept weights too: masks alone do not make the saved weight then.
     """
 
     rows: int
@@ -46,6 +47,7 @@ class LayerMask:
     scope: str
     dense_hash: str
     kept_hash: str
+    updated: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +97,18 @@ def unpack_mask(packed: Tensor, cols: int) -> Tensor:
     return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=cols).astype(bool))
 
 
-def layer_mask(mask: Tensor, pattern: Pattern, dense_weight: Tensor) -> LayerMask:
-    """Facts of one layer from its mask and dense weight (rows, cols) in the checkpoint's dtype."""
-    kept = dense_weight.masked_fill(~mask.to(dense_weight.device), 0)
+def layer_mask(
+    mask: Tensor, pattern: Pattern, dense_weight: Tensor, updated: Tensor | None = None
+) -> LayerMask:
+    """Facts of one layer, its weights in the checkpoint's dtype.
+
+    Args:
+        mask: (rows, cols), bool.
+        pattern: which masks are allowed.
+        dense_weight: (rows, cols).
+        updated: the weight that is saved (rows, cols) where a solver changed kept weights.
+    """
+    kept = dense_weight.masked_fill(~mask.to(dense_weight.device), 0) if updated is None else updated
     rows, cols = dense_weight.shape
     return LayerMask(
         rows,
@@ -107,6 +118,7 @@ def layer_mask(mask: Tensor, pattern: Pattern, dense_weight: Tensor) -> LayerMas
         pattern.scope,
         weight_hash(dense_weight),
         weight_hash(kept),
+        updated is not None,
     )
 
 
@@ -185,6 +197,11 @@ def apply_masks(model: nn.Module, file: MaskFile, same_weights: bool = True) -> 
                 f"masks of {file.model}, layer {name}: expected the weights that the masks were made for, "
                 f"found others ({weight_hash(layer.weight)[:12]} instead of {facts.dense_hash[:12]})"
             )
+        if same_weights and facts.updated and weight_hash(layer.weight) == facts.dense_hash:
+            raise InvalidFileError(
+                f"masks of {file.model}, layer {name}: expected the saved model, whose kept weights "
+                "were updated too, found the dense one; accept other weights to prune it with the masks alone"
+            )
     now: dict[str, LayerMask] = {}
     for name, facts in file.layers.items():
         layer = layers[name]
@@ -224,7 +241,7 @@ def verify_model(model: nn.Module, file: MaskFile, original: nn.Module | None = 
             )
         elif weight_hash(weight) != facts.kept_hash:
             problems.append(f"layer {name}: expected kept weights equal to the dense model's, found others")
-        if original is not None:
+        if original is not None and not facts.updated:
             dense = originals.get(name)
             if dense is None or not torch.equal(dense.weight.cpu()[mask], weight[mask]):
                 problems.append(f"layer {name}: expected the kept weights of the original, found others")

@@ -2,8 +2,9 @@
 
 *one-shot*: every Gram matrix comes from the dense model. *sequential* (the field's default): each
 block, and inside it each group of layers that shares an input, sees what the already pruned part of
-the model produces. *drift*: dense and pruned activations travel side by side, and the target of a
-layer moves from ``W X̂`` towards the dense ``W X`` (see ``problems.layer``).
+the model produces. The objective (see ``objective``) may ask for more: with drift,
+dense and pruned activations travel side by side; with the output metric, gradients of the dense
+model are gathered before the first layer.
 
 At any time the Gram matrices of one step are held: in sequential mode those of layers with one
 input, in one-shot mode those of one block.
@@ -21,14 +22,16 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .activations import Step, Stream, can_skip, experts_one_by_one, steps_of
+from .activations import Step, Stream, can_skip, experts_one_by_one, residual_writers, steps_of
 from .errors import InputError, InvalidModelError, InvalidProblemError
+from .gradients import gradient_moments
 from .masks import pack_mask, unpack_mask
 from .models import Block, PrunableLayer
-from .problems import Drift, Gram, GramAccumulator, LayerProblem
-from .problems.pattern import Pattern, parse_pattern
+from .objective import Objective
+from .problems import Drift, Gram, GramAccumulator, LayerProblem, output_metric
+from .problems.pattern import LayerBudget, Pattern, parse_pattern
 from .records import LayerRecord, RunDatabase
-from .solvers import Budget, Group, Solution, Solver, solve
+from .solvers import Budget, Group, RowSweeps, Solution, Solver, solve
 
 # Tokens per forward call: enough to keep a processor busy, few enough for its memory.
 TOKENS_PER_BATCH = 8192
@@ -88,7 +91,7 @@ def prune_layers(
     solver: Solver,
     start: Solver,
     mode: Mode = Mode.SEQUENTIAL,
-    drift: float = 0.0,
+    objective: Objective | None = None,
     held_out: Tensor | None = None,
     record: RunDatabase | None = None,
     progress: Progress | None = None,
@@ -103,7 +106,7 @@ def prune_layers(
         solver: chooses the masks.
         start: warm start of every solver that is not a score; its error is recorded for comparison.
         mode: one-shot or sequential.
-        drift: strength α in [0, 1]; 0 is without drift. Sequential mode only.
+        objective: what layers are fitted to; the paper's error by default.
         held_out: token windows on which the layer error is measured as well.
         record: finished layers are written here, and taken from here if they are there already.
         progress: told about every layer.
@@ -115,7 +118,8 @@ def prune_layers(
         InputError: for options that do not go together or a pattern that does not fit a layer.
         InvalidModelError: for NaN or Inf in activations, naming the layer.
     """
-    check_options(blocks, pattern, mode, drift)
+    objective = objective or Objective()
+    check_options(blocks, pattern, mode, objective)
     layers = [layer for block in blocks for layer in block.layers]
     database = record or RunDatabase(None)
     with experts_one_by_one(model):
@@ -126,7 +130,7 @@ def prune_layers(
             solver,
             start,
             mode,
-            drift,
+            objective,
             database,
             progress or Silent(),
             sum(layer.weight.numel() for layer in layers),
@@ -134,21 +138,24 @@ def prune_layers(
         return job.run(calibration, held_out)
 
 
-def check_options(blocks: Sequence[Block], pattern: str, mode: Mode, drift: float) -> None:
+def check_options(blocks: Sequence[Block], pattern: str, mode: Mode, objective: Objective) -> None:
     """Refuse options that cannot work before any work is done.
 
     Raises:
         InputError: for options that do not go together or a pattern that does not fit a layer.
     """
-    if not 0 <= drift <= 1:
-        raise InputError(f"drift strength is a share: expected 0 ≤ drift ≤ 1, found {drift:g}")
-    if drift and mode is Mode.ONE_SHOT:
+    if objective.needs_dense_stream and mode is Mode.ONE_SHOT:
         raise InputError(
             "drift needs the inputs of the pruned model: expected sequential mode, found one-shot"
         )
     for block in blocks:
         for layer in block.layers:
-            _pattern_of(layer, pattern)
+            found = _pattern_of(layer, pattern)
+            if objective.metric and isinstance(found, LayerBudget):
+                raise InputError(
+                    "the output metric couples rows of equal sparsity: expected a pattern of rows or blocks, "
+                    f"found {pattern}"
+                )
 
 
 def layer_problems(
@@ -209,17 +216,26 @@ class _Job:
     solver: Solver
     start: Solver
     mode: Mode
-    drift: float
+    objective: Objective
     record: RunDatabase
     progress: Progress
     total_weights: int
 
     def run(self, calibration: Tensor, held_out: Tensor | None) -> dict[str, Tensor]:
         skip = can_skip(self.model, self.blocks, calibration)
-        if self.drift and not skip:
+        if self.objective.needs_dense_stream and not skip:
             raise InvalidModelError(
                 f"{type(self.model).__name__}: expected blocks that depend on earlier ones only through "
                 "their outputs, as drift needs, found other connections; run without drift"
+            )
+        moments: dict[str, Tensor] = {}
+        if self.objective.metric:
+            moments = gradient_moments(
+                self.model,
+                self.blocks,
+                calibration,
+                max(1, batch_size_for(calibration.shape[1]) // 2),
+                report=lambda done, total: self.progress.stage("output metric", done, total),
             )
         flow = self._flow(calibration, skip)
         held_out_flow = None if held_out is None else self._flow(held_out, skip)
@@ -228,11 +244,12 @@ class _Job:
         for block in self.blocks:
             dense = {layer.name: layer.weight.clone() for layer in block.layers}
             steps = steps_of(flow.pruned) if block.layers else []
+            writers = residual_writers(flow.pruned) if self.objective.residual and block.layers else []
             one_shot = self.mode is Mode.ONE_SHOT
             if one_shot:
                 steps = [Step(tuple(group for step in steps for group in step.inputs))] if steps else []
             for step in steps:
-                masks |= self._prune_step(block, step, flow, held_out_flow, dense, advance=one_shot)
+                masks |= self._prune_step(block, step, flow, held_out_flow, dense, one_shot, writers, moments)
             for each in flows:
                 if not (one_shot and steps):
                     for batch in range(len(each.pruned)):
@@ -249,7 +266,9 @@ class _Job:
         size = batch_size_for(windows.shape[1])
         return _Flow(
             Stream(self.model, self.blocks, windows, size, skip),
-            Stream(self.model, self.blocks, windows, size, skip) if self.drift else None,
+            Stream(self.model, self.blocks, windows, size, skip)
+            if self.objective.needs_dense_stream
+            else None,
         )
 
     def _prune_step(
@@ -260,6 +279,8 @@ class _Job:
         held_out_flow: _Flow | None,
         dense: dict[str, Tensor],
         advance: bool,
+        writers: Sequence[PrunableLayer],
+        moments: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         """Masks of the layers of one step, applied and recorded."""
         known = {layer.name: self._known_mask(layer) for layer in step.layers}
@@ -267,17 +288,23 @@ class _Job:
         if all(mask is not None for mask in known.values()) and not advance:
             sums: dict[str, GramAccumulator] = {}
         else:
-            sums = self._gather(block, step, flow, dense, advance)
+            sums = self._gather(block, step, flow, dense, advance, writers)
             if held_out_flow is not None:
-                held_out_sums = self._gather(block, step, held_out_flow, dense, advance)
+                held_out_sums = self._gather(block, step, held_out_flow, dense, advance, writers)
         masks: dict[str, Tensor] = {}
         for group in step.inputs:
             name = group[0].name
             for layer in group:
                 mask = known[layer.name]
                 if mask is None:
-                    mask = self._prune_layer(layer, sums[name], held_out_sums.get(name))
-                layer.write(layer.weight.masked_fill(~mask.to(layer.weight.device), 0))
+                    mask, weight = self._prune_layer(
+                        layer, sums[name], held_out_sums.get(name), moments.pop(layer.name, None)
+                    )
+                else:
+                    weight = self._known_weight(layer)
+                layer.write(
+                    layer.weight.masked_fill(~mask.to(layer.weight.device), 0) if weight is None else weight
+                )
                 masks[layer.name] = mask.cpu()
         return masks
 
@@ -293,19 +320,38 @@ class _Job:
                 self._report(finished)
         return mask
 
+    def _known_weight(self, layer: PrunableLayer) -> Tensor | None:
+        """Kept weights that a finished layer's solver has changed, None if it left them."""
+        stored = self.record.updated_weight(layer.name)
+        if stored is None:
+            return None
+        weight = layer.weight
+        return torch.frombuffer(bytearray(stored), dtype=weight.dtype).view(weight.shape).to(weight.device)
+
     def _gather(
-        self, block: Block, step: Step, flow: _Flow, dense: dict[str, Tensor], advance: bool
+        self,
+        block: Block,
+        step: Step,
+        flow: _Flow,
+        dense: dict[str, Tensor],
+        advance: bool,
+        writers: Sequence[PrunableLayer],
     ) -> dict[str, GramAccumulator]:
         """Sums over all batches for the first layer of each group, by its name."""
         leaders = [group[0] for group in step.inputs]
+        alone = [group[0] for group in step.inputs if len(group) == 1 and group[0] in writers]
         sums: dict[str, GramAccumulator] = {}
         for layer in leaders:
             # a router may send a token to other experts than in the dense model: no drift there
             with_drift = flow.dense is not None and layer.expert is None
-            weight = layer.weight
-            sums[layer.name] = GramAccumulator(weight.shape[1], weight.device, with_drift)
+            rows, cols = layer.weight.shape
+            sums[layer.name] = GramAccumulator(
+                cols, layer.weight.device, with_drift, rows if layer in alone else 0
+            )
         for batch in range(len(flow.pruned)):
             waiting: dict[str, Tensor] = {}
+            pairs: dict[str, tuple[Tensor, Tensor]] = {}
+            streams: dict[str, Tensor] = {}
 
             def observe(layer: PrunableLayer, inputs: Tensor, waiting: dict[str, Tensor] = waiting) -> None:
                 if sums[layer.name].has_drift:
@@ -313,38 +359,72 @@ class _Job:
                 else:
                     _add(sums[layer.name], layer, inputs)
 
-            def pair(layer: PrunableLayer, inputs: Tensor, waiting: dict[str, Tensor] = waiting) -> None:
-                if layer.name in waiting:
-                    _add(sums[layer.name], layer, waiting.pop(layer.name), inputs)
+            def pair(
+                layer: PrunableLayer,
+                inputs: Tensor,
+                waiting: dict[str, Tensor] = waiting,
+                pairs: dict[str, tuple[Tensor, Tensor]] = pairs,
+            ) -> None:
+                if layer.name not in waiting:
+                    return
+                found = waiting.pop(layer.name)
+                if sums[layer.name].has_residual:
+                    pairs[layer.name] = found, inputs
+                else:
+                    _add(sums[layer.name], layer, found, inputs)
 
-            flow.pruned.observe(batch, leaders, observe, advance)
+            def keep_stream(
+                layer: PrunableLayer, stream: Tensor, streams: dict[str, Tensor] = streams
+            ) -> None:
+                streams[layer.name] = stream.clone()  # the addition may happen in place
+
+            def pair_stream(
+                layer: PrunableLayer,
+                stream: Tensor,
+                pairs: dict[str, tuple[Tensor, Tensor]] = pairs,
+                streams: dict[str, Tensor] = streams,
+            ) -> None:
+                found, inputs = pairs.pop(layer.name)
+                _add(sums[layer.name], layer, found, inputs, stream - streams.pop(layer.name))
+
+            flow.pruned.observe(batch, leaders, observe, advance, alone, keep_stream)
             if flow.dense is not None:
                 with _weights(block, dense):
-                    flow.dense.observe(batch, leaders, pair)
+                    flow.dense.observe(batch, leaders, pair, False, alone, pair_stream)
         return sums
 
     def _prune_layer(
-        self, layer: PrunableLayer, sums: GramAccumulator, held_out_sums: GramAccumulator | None
-    ) -> Tensor:
+        self,
+        layer: PrunableLayer,
+        sums: GramAccumulator,
+        held_out_sums: GramAccumulator | None,
+        moment: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mask of a layer, and its kept weights if the solver changes them."""
         self.progress.layer_started(layer.name)
         begin = time.perf_counter()
         fallback = ""
         if sums.tokens == 0:
             fallback = "no token reached the layer: inputs taken as uncorrelated, which is magnitude"
-        problem = self._problem(layer, sums)
+        problem = self._problem(layer, sums, moment)
+        if self.objective.metric and problem.metric is None and not fallback:
+            fallback = "no gradient reaches the layer's output: no output metric"
+        solver = self.solver
+        if problem.metric is not None and not solver.metric:
+            solver = RowSweeps(solver, self.objective.sweeps)
         warm = solve(problem, self.start)
-        if self.solver.group is Group.SCORE:
-            solution = solve(problem, self.solver)
+        if solver.group is Group.SCORE:
+            solution = solve(problem, solver)
         else:
-            solution = solve(problem, self.solver, init=warm, budget=Budget())
+            solution = solve(problem, solver, init=warm, budget=Budget())
         norm = float(problem.output_norms().sum())
-        plain = replace(problem, drift=None)
+        plain = replace(problem, gram=sums.gram(), drift=None, metric=None) if sums.tokens else problem
         held_out_start = held_out_error = None
         if held_out_sums is not None and held_out_sums.tokens:
-            held_out = replace(problem, gram=held_out_sums.gram(), drift=None)
+            held_out = replace(problem, gram=held_out_sums.gram(), drift=None, metric=None)
             held_out_norm = float(held_out.output_norms().sum())
             held_out_start = _share(held_out.objective(warm.mask), held_out_norm)
-            held_out_error = _share(held_out.objective(solution.mask), held_out_norm)
+            held_out_error = _share(held_out.objective(solution.mask, solution.weight), held_out_norm)
         mask = solution.mask.cpu()
         certified = solution.stats.get("certified")
         finished = LayerRecord(
@@ -359,7 +439,7 @@ class _Job:
             dead_channels=int(problem.gram.dead.sum()),
             output_norm=norm,
             error_start=_share(plain.objective(warm.mask), norm),
-            error=_share(plain.objective(solution.mask), norm),
+            error=_share(plain.objective(solution.mask, solution.weight), norm),
             objective_start=_share(warm.objective, norm),
             objective=_share(solution.objective, norm),
             held_out_error_start=held_out_start,
@@ -370,18 +450,31 @@ class _Job:
             seconds=time.perf_counter() - begin,
             fallback=fallback,
         )
-        self.record.add_layer(finished, pack_mask(mask).numpy().tobytes())
+        weight = None if solution.weight is None else solution.weight.to(layer.weight.dtype)
+        stored = None if weight is None else weight.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        self.record.add_layer(finished, pack_mask(mask).numpy().tobytes(), stored)
         self._report(finished)
-        return mask
+        return mask, weight
 
-    def _problem(self, layer: PrunableLayer, sums: GramAccumulator) -> LayerProblem:
+    def _problem(self, layer: PrunableLayer, sums: GramAccumulator, moment: Tensor | None) -> LayerProblem:
         weight = layer.weight.clone()
         pattern = _pattern_of(layer, self.pattern)
         if sums.tokens == 0:
             identity = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
             return LayerProblem(weight, Gram(identity), pattern, name=layer.name)
-        drift = Drift.from_sums(weight, sums, self.drift) if sums.has_drift else None
-        return LayerProblem(weight, sums.gram(), pattern, drift, name=layer.name)
+        metric = drift = None
+        if moment is not None:
+            metric = output_metric(moment.to(weight.device), self.objective.damping)
+        if sums.has_drift:
+            drift = Drift.from_sums(
+                weight,
+                sums,
+                self.objective.drift,
+                self.objective.residual if sums.has_residual else 0.0,
+                covariance=metric is not None,
+            )
+        gram = sums.gram().shrunk(self.objective.shrinkage)
+        return LayerProblem(weight, gram, pattern, drift, metric, layer.name)
 
     def _report(self, finished: LayerRecord) -> None:
         done = sum(layer.rows * layer.cols for layer in self.record.layers())
@@ -398,10 +491,14 @@ def _swaps(solution: Solution) -> int:
 
 
 def _add(
-    sums: GramAccumulator, layer: PrunableLayer, inputs: Tensor, dense_inputs: Tensor | None = None
+    sums: GramAccumulator,
+    layer: PrunableLayer,
+    inputs: Tensor,
+    dense_inputs: Tensor | None = None,
+    residual_loss: Tensor | None = None,
 ) -> None:
     try:
-        sums.update(inputs, dense_inputs)
+        sums.update(inputs, dense_inputs, residual_loss)
     except InvalidProblemError as error:
         raise InvalidModelError(f"inputs of layer {layer.name}: {error}") from error
 

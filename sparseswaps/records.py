@@ -16,7 +16,7 @@ from typing import Any
 
 from .errors import InvalidFileError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ class RunDatabase:
                 connection.execute("CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT)")
                 columns = ", ".join(f'"{name}"' for name in _LAYER_COLUMNS)
                 connection.execute(
-                    f"CREATE TABLE IF NOT EXISTS layer ({columns}, mask BLOB, PRIMARY KEY (name))"
+                    f"CREATE TABLE IF NOT EXISTS layer "
+                    f"({columns}, mask BLOB, weight BLOB, PRIMARY KEY (name))"
                 )
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         except sqlite3.DatabaseError as error:
@@ -127,9 +128,15 @@ class RunDatabase:
         rows = self._connection.execute("SELECT key, value FROM run ORDER BY key")
         return {key: json.loads(value) for key, value in rows}
 
-    def add_layer(self, record: LayerRecord, packed_mask: bytes) -> None:
-        """Store a finished layer and its mask (packed bits, row by row) in one transaction."""
-        values = [*asdict(record).values(), packed_mask]
+    def add_layer(self, record: LayerRecord, packed_mask: bytes, weight: bytes | None = None) -> None:
+        """Store a finished layer in one transaction.
+
+        Args:
+            record: its facts.
+            packed_mask: its mask, packed bits row by row.
+            weight: its weight in the model's dtype where a solver changed kept weights.
+        """
+        values = [*asdict(record).values(), packed_mask, weight]
         with self._transaction() as connection:
             places = ", ".join("?" * len(values))
             connection.execute(f"INSERT OR REPLACE INTO layer VALUES ({places})", values)
@@ -143,6 +150,11 @@ class RunDatabase:
     def packed_mask(self, name: str) -> bytes | None:
         """Mask of a finished layer, or None."""
         row = self._connection.execute("SELECT mask FROM layer WHERE name = ?", (name,)).fetchone()
+        return None if row is None else row[0]
+
+    def updated_weight(self, name: str) -> bytes | None:
+        """Weight of a finished layer whose kept weights were changed, or None."""
+        row = self._connection.execute("SELECT weight FROM layer WHERE name = ?", (name,)).fetchone()
         return None if row is None else row[0]
 
     def close(self) -> None:

@@ -34,6 +34,7 @@ from .models import (
     max_length,
     resolve_device,
 )
+from .objective import Objective
 from .pipeline import Mode, Progress, Silent, check_options, prune_layers
 from .problems.pattern import parse_pattern
 from .records import LayerRecord, RunDatabase
@@ -50,7 +51,7 @@ class PruneReport:
     """Everything that one run found out, ready to be written as JSON.
 
     Attributes:
-        model, pattern, solver, start, mode, drift: what was asked for.
+        model, pattern, solver, start, mode, objective: what was asked for.
         samples, length, seed: calibration windows; calibration_hash: SHA-256 of their tokens.
         evaluation, evaluation_windows: source and number of evaluation windows, each ``length`` long.
         perplexity_dense, perplexity_pruned: of causal models.
@@ -70,7 +71,7 @@ class PruneReport:
     solver: str
     start: str
     mode: str
-    drift: float
+    objective: str
     samples: int
     length: int
     seed: int
@@ -112,7 +113,7 @@ def prune(
     seed: int = 0,
     evaluation_limit: int | None = None,
     mode: Mode = Mode.SEQUENTIAL,
-    drift: float = 0.0,
+    objective: Objective | str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
     device: str = "auto",
@@ -135,7 +136,8 @@ def prune(
         seed: of the choice of windows.
         evaluation_limit: use only so many windows of the evaluation text; all by default.
         mode: sequential or one-shot.
-        drift: strength in [0, 1], sequential mode only.
+        objective: what layers are fitted to (see ``Objective``), or its text such as
+            ``drift=0.75,residual=0.5,metric``; the paper's error by default.
         include: shell patterns of layer names; empty means all.
         exclude: shell patterns of layer names that stay dense.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -151,6 +153,7 @@ def prune(
     progress = progress or Silent()
     solver = OneSwap() if solver is None else solver
     start = Wanda() if start is None else start
+    objective = Objective.parse(objective) if isinstance(objective, str) else objective or Objective()
     folder = None if out is None else Path(out)
     if folder is not None:
         _check_folder(folder, resume)
@@ -174,7 +177,7 @@ def prune(
     )
     _check_vocabulary(loaded, windows, eval_windows)
     blocks = find_blocks(loaded.model, include, exclude)
-    check_options(blocks, pattern, mode, drift)
+    check_options(blocks, pattern, mode, objective)
     check_finite(blocks)
     layers = [layer for block in blocks for layer in block.layers]
     dense = _Dense.of(loaded, layers)
@@ -185,7 +188,7 @@ def prune(
         "solver": repr(solver),
         "start": repr(start),
         "mode": str(mode),
-        "drift": drift,
+        "objective": str(objective),
         "samples": len(windows),
         "length": length,
         "seed": seed,
@@ -213,7 +216,7 @@ def prune(
             solver,
             start,
             mode,
-            drift,
+            objective,
             None if eval_windows is None else _spread(eval_windows.tokens, HELD_OUT_WINDOWS),
             record,
             progress,
@@ -229,14 +232,14 @@ def prune(
         records = {finished.name: finished for finished in record.layers()}
         finished = tuple(records[layer.name] for layer in layers)
         if folder is not None:
-            _save(folder, loaded, layers, masks, pattern, dense)
+            _save(folder, loaded, layers, masks, pattern, dense, record)
         report = PruneReport(
             model=loaded.source,
             pattern=pattern,
             solver=repr(solver),
             start=repr(start),
             mode=str(mode),
-            drift=drift,
+            objective=str(objective),
             samples=len(windows),
             length=length,
             seed=seed,
@@ -428,15 +431,19 @@ def _save(
     masks: Mapping[str, Tensor],
     pattern: str,
     dense: _Dense,
+    record: RunDatabase,
 ) -> None:
     """Write model, tokenizer and mask file into ``folder``; all of it appears or nothing."""
     facts: dict[str, LayerMask] = {}
     for layer in layers:
-        weight = dense.weights[layer.name]
-        # exact zeros and the checkpoint's own kept weights, whatever dtype was computed in
-        layer.write(weight.masked_fill(~masks[layer.name], 0))
+        weight, mask = dense.weights[layer.name], masks[layer.name]
         parsed = parse_pattern(pattern, weight.shape[1])
-        facts[layer.name] = layer_mask(masks[layer.name], parsed, weight)
+        updated = None
+        if record.updated_weight(layer.name) is not None:
+            updated = layer.weight.to("cpu", weight.dtype).masked_fill(~mask, 0)
+        # exact zeros and the checkpoint's own kept weights, whatever dtype was computed in
+        layer.write(weight.masked_fill(~mask, 0) if updated is None else updated)
+        facts[layer.name] = layer_mask(mask, parsed, weight, updated)
     save_model(folder, loaded, masks, facts)
 
 

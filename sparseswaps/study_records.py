@@ -106,7 +106,7 @@ class ModelRecord:
 
     Attributes:
         unit, study, label, method, start, options, solver, group, seed: as in ``UnitRecord``.
-        model: name; pattern: as asked for; sparsity: achieved; mode, drift: how layers were fitted.
+        model: name; pattern: as asked for; sparsity: achieved; mode, objective: how layers were fitted.
         calibration, samples, length, calibration_hash: text and windows.
         evaluation, evaluation_windows: text and windows of the evaluation.
         status, failure: as in ``UnitRecord``; the figures are None if it failed.
@@ -129,7 +129,7 @@ class ModelRecord:
     pattern: str
     sparsity: float | None
     mode: str
-    drift: float
+    objective: str
     calibration: str
     samples: int
     length: int
@@ -149,6 +149,16 @@ class ModelRecord:
     peak_memory_mb: float
     machine: str
 
+    @property
+    def fitted(self) -> str:
+        """How layers were fitted, for people: ``sequential, drift 0.75, metric``."""
+        return self.mode if self.objective == "plain" else f"{self.mode}, {objective_name(self.objective)}"
+
+
+def objective_name(objective: str) -> str:
+    """The text of an objective (``drift=0.75,metric``) for people: ``drift 0.75, metric``."""
+    return objective.replace("=", " ").replace(",", ", ")
+
 
 @dataclass(frozen=True)
 class ModelLayer:
@@ -156,6 +166,25 @@ class ModelLayer:
 
     unit: str
     record: LayerRecord
+
+
+@dataclass(frozen=True)
+class LayerBoundRecord:
+    """Proven lower bound of one layer of a whole-model run, beside what its solver reached there.
+
+    Attributes:
+        unit: id of the unit; layer: name; tier: which bound (see ``solvers.bound``).
+        objective, bound: summed over rows, on the inputs that the layer received in this run.
+        status: why the bound stopped; seconds: its wall-clock time.
+    """
+
+    unit: str
+    layer: str
+    tier: str
+    objective: float
+    bound: float
+    status: str
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -167,6 +196,7 @@ class UnitResult:
     rows: tuple[RowRecord, ...] = ()
     trace: tuple[TraceRecord, ...] = ()
     layers: tuple[LayerRecord, ...] = ()
+    bounds: tuple[LayerBoundRecord, ...] = ()
 
     @property
     def record(self) -> UnitRecord | ModelRecord:
@@ -204,3 +234,4 @@ class StudyRows:
     traces: tuple[TraceRecord, ...]
     models: tuple[ModelRecord, ...]
     layers: tuple[ModelLayer, ...]
+    bounds: tuple[LayerBoundRecord, ...] = ()

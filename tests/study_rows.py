@@ -8,6 +8,7 @@ import json
 
 from sparseswaps.records import LayerRecord
 from sparseswaps.study_records import (
+    LayerBoundRecord,
     ModelLayer,
     ModelRecord,
     RowRecord,
@@ -116,18 +117,20 @@ FAILED = UnitRecord(
     bound=None, norm=None, held_out=None, held_out_norm=None, seconds=1.0, peak_memory_mb=20.0, machine="{}",
 )  # fmt: skip
 
-# label, method, start, options, mode, drift, samples, text, error, held-out error, perplexity, 1 - cosine
+# label, method, start, options, mode, objective, samples, text, error, held-out error, perplexity, 1 - cosine
 RUNS = [
-    ("Wanda", "Wanda", "", {}, "sequential", 0.0, 64, "text", 0.2, 0.22, 21.0, 0.2),
-    ("1-swap", "1-swap", "wanda", {}, "sequential", 0.0, 64, "text", 0.1, 0.15, 14.0, 0.1),
-    ("1-swap", "1-swap", "wanda", {}, "sequential", 0.5, 64, "text", 0.12, 0.16, 11.0, 0.09),
-    ("1-swap", "1-swap", "wanda", {}, "one-shot", 0.0, 64, "text", 0.11, 0.17, 15.0, 0.12),
-    ("1-swap", "1-swap", "wanda", {}, "sequential", 0.0, 4, "text", 0.08, 0.2, 18.0, 0.15),
-    ("1-swap", "1-swap", "wanda", {}, "sequential", 0.0, 64, "other", 0.09, 0.3, 30.0, 0.25),
-    ("1-swap, from random", "1-swap", "random", {}, "sequential", 0.0, 64, "text", 0.105, 0.155, 14.5, 0.11),
-    ("blind", "blind", "wanda", {}, "sequential", 0.0, 64, "text", 0.13, 0.17, 16.0, 0.13),
-    ("best, 1", "best", "", {"max_swaps": 1}, "sequential", 0.0, 64, "text", 0.18, 0.2, 19.0, 0.18),
-    ("best, none", "best", "", {"max_swaps": "none"}, "sequential", 0.0, 64, "text", 0.1, 0.15, 14.0, 0.1),
+    ("Wanda", "Wanda", "", {}, "sequential", "plain", 64, "text", 0.2, 0.22, 21.0, 0.2),
+    ("1-swap", "1-swap", "wanda", {}, "sequential", "plain", 64, "text", 0.1, 0.15, 14.0, 0.1),
+    ("1-swap", "1-swap", "wanda", {}, "sequential", "drift=0.5", 64, "text", 0.12, 0.16, 11.0, 0.09),
+    ("1-swap", "1-swap", "wanda", {}, "one-shot", "plain", 64, "text", 0.11, 0.17, 15.0, 0.12),
+    ("1-swap", "1-swap", "wanda", {}, "sequential", "plain", 4, "text", 0.08, 0.2, 18.0, 0.15),
+    ("1-swap", "1-swap", "wanda", {}, "sequential", "plain", 64, "other", 0.09, 0.3, 30.0, 0.25),
+    ("1-swap, from random", "1-swap", "random", {}, "sequential", "plain", 64, "text", 0.105, 0.155, 14.5,
+     0.11),
+    ("blind", "blind", "wanda", {}, "sequential", "plain", 64, "text", 0.13, 0.17, 16.0, 0.13),
+    ("best, 1", "best", "", {"max_swaps": 1}, "sequential", "plain", 64, "text", 0.18, 0.2, 19.0, 0.18),
+    ("best, none", "best", "", {"max_swaps": "none"}, "sequential", "plain", 64, "text", 0.1, 0.15, 14.0,
+     0.1),
 ]  # fmt: skip
 
 
@@ -136,16 +139,18 @@ def model_runs():
     for model, causal in (("model A", True), ("model E", False)):
         for pattern, harder in (("50%", 1.0), ("60%", 2.0)):
             for number, run in enumerate(RUNS):
-                label, method, start, options, mode, drift, samples, text, error, held_out, ppl, loss = run
+                label, method, start, options, mode, objective, samples, text, *figures = run
+                error, held_out, ppl, loss = figures
                 unit = f"{model}-{pattern}-{number}"
                 models.append(
                     ModelRecord(
                         unit=unit, study="hand", label=label, method=method, start=start,
                         options=json.dumps(options), solver=DESCRIBED.get(method, method),
-                        group="local search", seed=0, model=model, pattern=pattern, sparsity=0.5, mode=mode, drift=drift, calibration=text,
-                        samples=samples, length=256, calibration_hash="c0ffee" * 10, evaluation="held",
-                        evaluation_windows=32, status="finished", failure="", error_start=0.3,
-                        error=error * harder, held_out_error=held_out * harder,
+                        group="local search", seed=0, model=model, pattern=pattern, sparsity=0.5,
+                        mode=mode, objective=objective, calibration=text, samples=samples, length=256,
+                        calibration_hash="c0ffee" * 10, evaluation="held", evaluation_windows=32,
+                        status="finished", failure="", error_start=0.3, error=error * harder,
+                        held_out_error=held_out * harder,
                         perplexity_dense=4.5 if causal else None, perplexity=ppl * harder if causal else None,
                         cosine=None if causal else 1 - loss * harder, seconds=10.0 + number,
                         seconds_layers=5.0, peak_memory_mb=700.0 + number, machine=MACHINE,
@@ -169,6 +174,20 @@ def model_runs():
     return models, layers
 
 
+def layer_bounds(layers):
+    """Bounds at half of the objective in queries and at three quarters in the others, Wanda's not in time."""
+    shares = {"q_proj": 0.5, "up_proj": 0.75}
+    return tuple(
+        LayerBoundRecord(
+            layer.unit, layer.record.name, "shared-split", 50.0 * layer.record.objective,
+            50.0 * layer.record.objective * shares[layer.record.kind],
+            "time_limit" if layer.unit.endswith("-0") else "finished", 2.0,
+        )
+        for layer in layers
+        if layer.unit.endswith(("50%-0", "50%-1", "60%-1"))
+    )  # fmt: skip
+
+
 def study_rows(problems_per_size=2, rows_per_problem=2):
     """All of the above."""
     units, rows, traces = layer_units(problems_per_size, rows_per_problem)
@@ -181,4 +200,5 @@ def study_rows(problems_per_size=2, rows_per_problem=2):
         tuple(traces),
         tuple(models),
         tuple(layers),
+        layer_bounds(layers),
     )

@@ -49,7 +49,9 @@ def test_prune_save_reload_verify(family: str, mode: Mode, tmp_path: Path, token
         samples=8,
         length=32,
         mode=mode,
-        drift=0.5 if mode is Mode.SEQUENTIAL else 0.0,
+        objective=ss.Objective.parse(
+            "drift=0.5,residual=0.5,metric" if mode is Mode.SEQUENTIAL else "metric"
+        ),
         out=tmp_path / "pruned",
     )
     assert len(report.layers) == LAYERS[family]
@@ -176,4 +178,6 @@ def test_shared_blocks_fall_back_to_whole_forwards(tmp_path: Path) -> None:
         for layer in block.layers:
             assert bool((layer.weight[~masks[layer.name]] == 0).all())
     with pytest.raises(ss.InvalidModelError, match="drift"):
-        prune_layers(model, blocks, "0.5", windows, ss.OneSwap(), ss.Wanda(), drift=0.5)
+        prune_layers(
+            model, blocks, "0.5", windows, ss.OneSwap(), ss.Wanda(), objective=ss.Objective(drift=0.5)
+        )

@@ -182,7 +182,7 @@ def test_drift_strength_moves_the_target() -> None:
         target = weight @ (inputs + strength * (dense - inputs)).T
         raw = ((target - (weight * mask) @ inputs.T) ** 2).sum(1)
         torch.testing.assert_close(problem.row_objectives(mask), raw, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ss.InvalidProblemError, match="expected 0 ≤ α ≤ 1, found 2"):
+    with pytest.raises(ss.InvalidProblemError, match="expected 0 to 1, found 2"):
         ss.Drift.from_sums(weight, sums, 2.0)
 
 

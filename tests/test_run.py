@@ -54,17 +54,29 @@ class Interrupting:
 
 
 @pytest.mark.parametrize(
-    ("mode", "drift"), [(Mode.SEQUENTIAL, 0.0), (Mode.SEQUENTIAL, 0.5), (Mode.ONE_SHOT, 0.0)]
+    ("mode", "objective"),
+    [
+        (Mode.SEQUENTIAL, "plain"),
+        (Mode.SEQUENTIAL, "drift=0.5,residual=0.5,metric"),
+        (Mode.ONE_SHOT, "metric,shrinkage=0.1"),
+    ],
 )
 @pytest.mark.parametrize("after", [1, 4, 9, 14])
 def test_interrupted_runs_resume_to_the_same_masks(
-    dense: Path, arguments: dict, tmp_path: Path, mode: Mode, drift: float, after: int
+    dense: Path, arguments: dict, tmp_path: Path, mode: Mode, objective: str, after: int
 ) -> None:
-    whole = prune(dense, **arguments, mode=mode, drift=drift, out=tmp_path / "whole")
+    whole = prune(dense, **arguments, mode=mode, objective=objective, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        prune(dense, **arguments, mode=mode, drift=drift, out=tmp_path / "cut", progress=Interrupting(after))
+        prune(
+            dense,
+            **arguments,
+            mode=mode,
+            objective=objective,
+            out=tmp_path / "cut",
+            progress=Interrupting(after),
+        )
     assert not (tmp_path / "cut" / MASK_FILE).exists()
-    resumed = prune(dense, **arguments, mode=mode, drift=drift, out=tmp_path / "cut", resume=True)
+    resumed = prune(dense, **arguments, mode=mode, objective=objective, out=tmp_path / "cut", resume=True)
     a, b = load_masks(tmp_path / "whole"), load_masks(tmp_path / "cut")
     assert a.masks.keys() == b.masks.keys()
     assert all(torch.equal(a.masks[name], b.masks[name]) for name in a.masks)
@@ -156,8 +168,9 @@ def test_bad_input_leaves_nothing_behind(dense: Path, arguments: dict, tmp_path:
         (dense, {"pattern": "1.5"}, r"layer model.layers.0.self_attn.q_proj: .*0 < sparsity < 1, found 1.5"),
         (dense, {"pattern": "2:5"}, "expected a multiple of 5 columns, found 16"),
         (dense, {"length": 4096}, "expected at most 64 tokens"),
-        (dense, {"drift": 1.5}, "expected 0 ≤ drift ≤ 1"),
-        (dense, {"drift": 0.5, "mode": Mode.ONE_SHOT}, "expected sequential mode"),
+        (dense, {"objective": "drift=1.5"}, "expected 0 to 1, found 1.5"),
+        (dense, {"objective": "speed=1"}, "expected plain, or parts among metric"),
+        (dense, {"objective": "drift=0.5", "mode": Mode.ONE_SHOT}, "expected sequential mode"),
         (dense, {"include": ["*none*"]}, "no layer to prune"),
         (dense, {"device": "cuda:99"}, "expected a CUDA device"),
     ]
@@ -235,7 +248,7 @@ def test_a_record_that_is_no_record(dense: Path, arguments: dict, tmp_path: Path
     with sqlite3.connect(out / RECORD_FILE) as connection:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(ss.InvalidFileError, match="expected schema version 1, found 99"):
+    with pytest.raises(ss.InvalidFileError, match="expected schema version 2, found 99"):
         prune(dense, **arguments, out=out, resume=True)
 
 

@@ -121,19 +121,38 @@ MODEL = {
     "calibration": "stdlib",
     "evaluation": "stdlib-held-out",
     "mode": ["one-shot", "sequential"],
-    "drift": [0.0, 0.5],
+    "objective": ["plain", "drift=0.5"],
 }
 
 
 def test_models_combine_modes_and_drift_where_they_go_together():
     study = parse_study({**SMALL, "model": [{**MODEL, "solvers": ["Wanda"]}]})
     runs = {
-        (unit.spec["mode"], unit.spec["drift"]) for unit in plan_units(study) if unit.spec["kind"] == "model"
+        (unit.spec["mode"], unit.spec["objective"])
+        for unit in plan_units(study)
+        if unit.spec["kind"] == "model"
     }
-    assert runs == {("one-shot", 0.0), ("sequential", 0.0), ("sequential", 0.5)}
+    assert runs == {("one-shot", "plain"), ("sequential", "plain"), ("sequential", "drift=0.5")}
     for key, value, message in [
         ("mode", "both", "key model[0].mode: expected one of one-shot, sequential"),
-        ("drift", 1.5, "key model[0].drift: expected shares from 0 to 1"),
+        ("objective", "drift=1.5", "key model[0].objective: expected objectives"),
+    ]:
+        with pytest.raises(InputError) as error:
+            parse_study({**SMALL, "model": [{**MODEL, key: value}]})
+        assert message in str(error.value)
+
+
+def test_bounds_of_whole_models_are_asked_for_by_tier():
+    plain = {unit.unit for unit in plan_units(parse_study({**SMALL, "model": [MODEL]}))}
+    asked = {**MODEL, "bound": "shared-split", "bound_seconds": 20}
+    units = plan_units(parse_study({**SMALL, "model": [asked]}))
+    models = [unit for unit in units if unit.spec["kind"] == "model"]
+    assert {(unit.spec["bound"], unit.spec["bound_seconds"]) for unit in models} == {("shared-split", 20.0)}
+    # a run with bounds is another unit; runs without are the units that they always were
+    assert not {unit.unit for unit in models} & plain
+    for key, value, message in [
+        ("bound", "best", "key model[0].bound: expected one of auto, corr-eigenvalue"),
+        ("bound_seconds", 20, "key model[0].bound_seconds: expected bound, the tier"),
     ]:
         with pytest.raises(InputError) as error:
             parse_study({**SMALL, "model": [{**MODEL, key: value}]})

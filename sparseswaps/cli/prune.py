@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..evaluation import is_causal, mean_cosine, perplexity, pooled_embeddings
 from ..masks import apply_masks, load_masks, verify_model
 from ..models import DEFAULT_EXCLUDE, load_model, resolve_device
+from ..objective import Objective
 from ..pipeline import Mode
 from ..run import PruneReport, save_model, versions, window_length
 from ..run import prune as run_prune
@@ -71,6 +72,18 @@ def prune(
     drift: Annotated[
         float, typer.Option(help="Aim at the dense outputs with this strength, 0 to 1 (sequential mode).")
     ] = 0.0,
+    residual_drift: Annotated[
+        float,
+        typer.Option(
+            help="Let layers that write into the residual stream repair its loss, 0 to 1 (sequential mode)."
+        ),
+    ] = 0.0,
+    output_metric: Annotated[
+        bool, typer.Option("--output-metric", help="Weigh errors by what they cost downstream (gradients).")
+    ] = False,
+    shrinkage: Annotated[
+        float, typer.Option(help="Move the Gram matrices towards their diagonals, 0 to 1; for little text.")
+    ] = 0.0,
     include: Annotated[
         list[str] | None, typer.Option(help="Prune only layers that match, e.g. '*mlp*'.")
     ] = None,
@@ -91,13 +104,14 @@ def prune(
 
     sparseswaps prune ./llama --calibration c4 --eval wikitext2-test --out pruned
 
-    sparseswaps prune ./llama --pattern 2:4 --drift 0.75 --calibration text.txt --out pruned --resume
+    sparseswaps prune ./llama --pattern 2:4 --drift 0.75 --residual-drift 0.5 --output-metric
+    --calibration text.txt --out pruned --resume
 
     sparseswaps prune ./bert --pattern 60% --one-shot --calibration corpus.txt --json
 
     Sparsity alone makes no model faster: the saved weights are dense tensors with zeros.
     """
-    if one_shot and drift:
+    if one_shot and (drift or residual_drift):
         raise InputError("--drift needs the inputs of the pruned model: expected no --one-shot, found both")
     quiet_libraries()
     arguments = {"solver": parse_solver(solver), "start": parse_solver(start)}
@@ -113,7 +127,7 @@ def prune(
                 seed=seed,
                 evaluation_limit=eval_windows,
                 mode=Mode.ONE_SHOT if one_shot else Mode.SEQUENTIAL,
-                drift=drift,
+                objective=Objective(drift, residual_drift, output_metric, shrinkage=shrinkage),
                 include=tuple(include or ()),
                 exclude=DEFAULT_EXCLUDE if exclude is None else tuple(exclude),
                 device=device,

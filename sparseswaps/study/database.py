@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from ..errors import InvalidFileError
 from ..records import LayerRecord
 from ..study_records import (
+    LayerBoundRecord,
     ModelLayer,
     ModelRecord,
     PlannedUnit,
@@ -32,19 +33,20 @@ from ..study_records import (
     UnitResult,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # Seconds that a process waits for another one's transaction.
 BUSY_TIMEOUT = 60.0
 # Seconds after the hard limit of a unit at which a claim of another machine is given up.
 CLAIM_SLACK = 120.0
 
-Record = TypeVar("Record", UnitRecord, RowRecord, TraceRecord, ModelRecord, LayerRecord)
+Record = TypeVar("Record", UnitRecord, RowRecord, TraceRecord, ModelRecord, LayerRecord, LayerBoundRecord)
 
 _TABLES: dict[str, tuple[type, str]] = {
     "unit": (UnitRecord, "unit"),
     "row": (RowRecord, "unit, row"),
     "trace": (TraceRecord, "unit, seconds"),
     "model": (ModelRecord, "unit"),
+    "bound": (LayerBoundRecord, "unit, layer"),
 }
 
 
@@ -199,6 +201,7 @@ class StudyDatabase:
             self._insert(connection, "unit" if result.layer else "model", [record])
             self._insert(connection, "row", result.rows)
             self._insert(connection, "trace", result.trace)
+            self._insert(connection, "bound", result.bounds)
             columns = _columns(LayerRecord)
             connection.executemany(
                 f"INSERT OR REPLACE INTO layer VALUES (?, {', '.join('?' * len(columns))})",
@@ -266,6 +269,7 @@ class StudyDatabase:
             self._read("trace", TraceRecord),
             self._read("model", ModelRecord),
             tuple(ModelLayer(row[0], LayerRecord(*row[1:])) for row in layers),
+            self._read("bound", LayerBoundRecord),
         )
 
     def _read(self, table: str, kind: type[Record]) -> tuple[Record, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, final
 
@@ -19,7 +19,8 @@ from ..records import LayerRecord
 from ..run import PruneReport, peak_memory_mb, prune, versions
 from ..solvers import Budget, Group, Outcome, Solution, Solver, solve
 from ..solvers.registry import parse_solver
-from ..study_records import ModelRecord, RowRecord, TraceRecord, UnitRecord, UnitResult
+from ..study_records import LayerBoundRecord, ModelRecord, RowRecord, TraceRecord, UnitRecord, UnitResult
+from .layer_bounds import BoundedSolver, without_bounds
 from .problems import BuiltProblem, build_problem, resolve_model, resolve_path
 from .schema import SolverChoice
 
@@ -75,7 +76,7 @@ def failed(
         "machine": "{}",
     }
     if spec["kind"] == "model":
-        names |= {name: spec[name] for name in ("mode", "drift", "samples", "length")}
+        names |= {name: spec[name] for name in ("mode", "objective", "samples", "length")}
         texts = {name: _text_name(spec[name]) for name in ("calibration", "evaluation")}
         return UnitResult(model=_blank(ModelRecord, names | texts | {"model": spec["name"]}))
     problem = spec["problem"]
@@ -204,25 +205,35 @@ def _execute_model(unit: str, study: str, spec: Mapping[str, Any]) -> UnitResult
     folder = Path(spec["folder"])
     choice = SolverChoice(**spec["solver"])
     solver = choice.build()
+    bounded = None
+    if tier := spec.get("bound"):
+        bounded = BoundedSolver(solver, unit, tier, spec["bound_seconds"] or None)
     begin = time.perf_counter()
     report = prune(
         resolve_model(spec["model"], folder),
         spec["pattern"],
         calibration=resolve_path(spec["calibration"], folder),
         evaluation=resolve_path(spec["evaluation"], folder),
-        solver=solver,
+        solver=bounded or solver,
         start=parse_solver(choice.start) if choice.start else None,
         samples=spec["samples"],
         length=spec["length"] or None,
         seed=spec["seed"],
         evaluation_limit=spec["evaluation_limit"] or None,
         mode=Mode(spec["mode"]),
-        drift=spec["drift"],
+        objective=spec["objective"],
         device="cpu",
     )
-    layers: tuple[LayerRecord, ...] = report.layers
-    record = _model_record(unit, study, spec, choice, report, str(solver.group), time.perf_counter() - begin)
-    return UnitResult(model=record, layers=layers)
+    bounds = [] if bounded is None else bounded.found
+    spent = sum(found.seconds for found in bounds)
+    report = replace(
+        report,
+        layers=without_bounds(report.layers, bounds),
+        seconds_layers=report.seconds_layers - spent,
+    )
+    seconds = time.perf_counter() - begin - spent
+    record = _model_record(unit, study, spec, choice, report, str(solver.group), seconds)
+    return UnitResult(model=record, layers=report.layers, bounds=tuple(bounds))
 
 
 def _model_record(
@@ -243,7 +254,7 @@ def _model_record(
         pattern=spec["pattern"],
         sparsity=report.sparsity,
         mode=spec["mode"],
-        drift=spec["drift"],
+        objective=spec["objective"],
         calibration=_text_name(spec["calibration"]),
         samples=report.samples,
         length=report.length,
@@ -297,4 +308,5 @@ def from_json(text: str) -> UnitResult:
         tuple(RowRecord(**row) for row in values["rows"]),
         tuple(TraceRecord(**point) for point in values["trace"]),
         tuple(LayerRecord(**layer) for layer in values["layers"]),
+        tuple(LayerBoundRecord(**found) for found in values["bounds"]),
     )

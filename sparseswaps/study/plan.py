@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..objective import Objective
 from ..study_records import PlannedUnit
 from .problems import layers_of, resolve_files
 from .schema import ModelSet, ProblemSet, SolverChoice, Study
@@ -147,17 +148,18 @@ def _problem_specs(study: Study, problems: ProblemSet) -> list[dict[str, Any]]:
 
 
 def _model_specs(study: Study, models: ModelSet) -> Iterable[dict[str, Any]]:
-    for seed, pattern, calibration, samples, mode, drift, choice in itertools.product(
+    for seed, pattern, calibration, samples, mode, objective, choice in itertools.product(
         study.seeds,
         models.patterns or study.patterns,
         models.calibration,
         models.samples,
         models.mode,
-        models.drift,
+        models.objective,
         _chosen(study, models.solvers),
     ):
-        if drift and mode == "one-shot":  # drift is what sequential pruning sees
+        if mode == "one-shot" and Objective.parse(objective).needs_dense_stream:
             continue
+        bound = {"bound": models.bound, "bound_seconds": models.bound_seconds} if models.bound else {}
         yield {
             "kind": "model",
             "model": models.model,
@@ -169,9 +171,10 @@ def _model_specs(study: Study, models: ModelSet) -> Iterable[dict[str, Any]]:
             "samples": samples,
             "length": models.length,
             "mode": mode,
-            "drift": drift,
+            "objective": objective,
             "seed": seed,
             "solver": _solver_spec(choice),
+            **bound,
         }
 
 

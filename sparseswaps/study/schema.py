@@ -24,6 +24,8 @@
     calibration = "stdlib"
     evaluation = "stdlib-held-out"
     samples = [16]
+    bound = "shared-split"           # certified gap of every layer; leave it out for none
+    bound_seconds = 60
 
 Every key that does not exist, is missing or has another type is an error that names it.
 """
@@ -40,14 +42,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, SparseswapsError
+from ..objective import Objective
 from ..pipeline import Mode
 from ..problems.pattern import SparsityPattern
 from ..problems.synthetic import FAMILIES
 from ..solvers import Sequence as Chain
 from ..solvers import Solver
+from ..solvers.bounds import TIERS
 from ..solvers.registry import parse_solver
 from .checked_table import REQUIRED, CheckedTable
 
+# What a layer can be bounded with.
+BOUNDS = ("auto", *TIERS)
 # Columns that every pattern in use divides, for checking a pattern before a layer is known.
 ANY_COLS = 5040
 
@@ -110,9 +116,11 @@ class ModelSet:
     Attributes:
         model: directory, hub name, ``demo``, or ``package:NAME/FOLDER`` inside an installed package;
             name: of it in tables.
-        calibration, samples, length, mode, drift, patterns: each listed value is tried.
+        calibration, samples, length, mode, objective, patterns: each listed value is tried.
         evaluation: text of the evaluation; evaluation_limit: its most windows, 0 for all.
         solvers: labels; empty for all.
+        bound: tier of the lower bound of every layer (see ``solvers.bound``), "" for none;
+            bound_seconds: its time for each layer, 0 for no limit.
     """
 
     model: str
@@ -123,9 +131,11 @@ class ModelSet:
     samples: tuple[int, ...]
     length: int
     mode: tuple[str, ...]
-    drift: tuple[float, ...]
+    objective: tuple[str, ...]
     patterns: tuple[str, ...]
     solvers: tuple[str, ...]
+    bound: str
+    bound_seconds: float
 
 
 @dataclass(frozen=True)
@@ -300,18 +310,25 @@ def _model_set(table: CheckedTable, labels: Sequence[str]) -> ModelSet:
         samples=table.integers("samples", [128], least=1),
         length=table.integer("length", 0, least=0),
         mode=table.texts("mode", ["sequential"]),
-        drift=table.numbers("drift", [0.0], least=0),
+        objective=table.texts("objective", ["plain"]),
         patterns=patterns,
         solvers=solvers,
+        bound=table.text("bound", ""),
+        bound_seconds=table.number("bound_seconds", 0.0),
     )
+    if found.bound and found.bound not in BOUNDS:
+        table.wrong("bound", f"one of {', '.join(BOUNDS)}", repr(found.bound))
+    if found.bound_seconds and not found.bound:
+        table.wrong("bound_seconds", "bound, the tier that the time is for", "none")
     for mode in found.mode:
         if mode not in set(Mode):
             table.wrong("mode", f"one of {', '.join(Mode)}", repr(mode))
-    for drift in found.drift:
-        if drift > 1:
-            table.wrong("drift", "shares from 0 to 1", f"{drift:g}")
+    try:
+        objective = tuple(str(Objective.parse(text)) for text in found.objective)
+    except InputError as error:
+        table.wrong("objective", "objectives", str(error))
     table.finish()
-    return found
+    return replace(found, objective=objective)
 
 
 def _choices(table: CheckedTable, labels: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -1,0 +1,156 @@
+"""What errors of a layer's outputs cost downstream, from gradients of the model's loss.
+
+For each layer the second moment ``Σ g gᵀ`` (rows, rows) of the loss gradient ``g`` at its output, over all
+tokens of the windows. The loss is sampled, so that the moments are those of the model's own
+distribution and not of the data's labels (K-FAC: Martens and Grosse, ICML 2015, section 5):
+
+- models with logits (causal, sequence to sequence, encoders with a head): cross-entropy of labels drawn
+  from the logits;
+- encoders without a head: ``⟨v, z⟩`` with ``z`` the mean-pooled, normalised last hidden state of a window and
+  ``v`` standard normal, whose gradient's second moment is the Gauss-Newton matrix of ``½‖z - z'‖²``, the
+  distance that the cosine of embeddings measures.
+
+Weights carry no gradients, and of each block only its inputs are kept until the backward pass
+recomputes it (activation checkpointing), so the memory beside the moments is one block's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .activations import forward_replaced
+from .errors import InvalidModelError
+from .models import Block, PrunableLayer, forward_inputs
+
+Report = Callable[[int, int], None]
+
+
+def gradient_moments(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    windows: Tensor,
+    batch_size: int,
+    seed: int = 0,
+    report: Report | None = None,
+) -> dict[str, Tensor]:
+    """``Σ g gᵀ`` (rows, rows), float32 on the CPU, of every layer of ``blocks`` that is a module of its own.
+
+    Layers that no gradient reaches, and experts inside fused parameters, are left out: they have no metric.
+
+    Args:
+        model: the dense model; it is not changed.
+        blocks: from ``find_blocks``.
+        windows: (windows, length) token ids.
+        batch_size: windows per forward call.
+        seed: of the sampled labels or directions.
+        report: called with (windows done, windows in all).
+
+    Raises:
+        InvalidModelError: if the model's loss has no gradient or it holds NaN or Inf.
+    """
+    moments: dict[str, Tensor] = {}
+    layers = [layer for block in blocks for layer in block.layers if layer.expert is None]
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    with ExitStack() as stack:
+        stack.enter_context(_no_weight_gradients(model, blocks))
+        for block in blocks:
+            stack.enter_context(forward_replaced(block.module, _checkpointed(block.module.forward)))
+        for layer in layers:
+            hook = layer.module.register_forward_hook(_moment_hook(layer, moments))
+            stack.callback(hook.remove)
+        for done, batch in enumerate(torch.split(windows, batch_size), start=1):
+            with torch.enable_grad():
+                output = model(**forward_inputs(model, batch.to(device)))
+                loss = _sampled_loss(output, generator)
+                if not loss.requires_grad:
+                    raise InvalidModelError(
+                        f"{type(model).__name__}: expected a loss with gradients for the output metric, "
+                        "found none; run without the output metric"
+                    )
+                loss.backward()  # type: ignore[no-untyped-call]
+            if report:
+                report(min(done * batch_size, len(windows)), len(windows))
+    for name, moment in moments.items():
+        if not bool(torch.isfinite(moment).all()):
+            raise InvalidModelError(f"gradients at the output of layer {name}: found NaN or Inf")
+    return {name: moment.cpu() for name, moment in moments.items() if float(moment.trace()) > 0}
+
+
+def _sampled_loss(output: Any, generator: torch.Generator) -> Tensor:
+    logits = getattr(output, "logits", None)
+    if logits is not None and logits.ndim == 3:
+        flat = logits.float().flatten(0, 1)
+        with torch.no_grad():
+            # Gumbel's trick with noise from the CPU: the same labels on every device
+            noise = torch.rand(flat.shape, generator=generator).clamp_min(1e-20).to(flat.device)
+            labels = (flat - (-noise.log()).log()).argmax(-1)
+        return nn.functional.cross_entropy(flat, labels, reduction="sum")
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None:
+        raise InvalidModelError(
+            f"output metric: expected a model that returns logits or last hidden states, "
+            f"found {type(output).__name__}; run without the output metric"
+        )
+    pooled = nn.functional.normalize(hidden.float().mean(1), dim=-1)
+    direction = torch.randn(pooled.shape, generator=generator).to(pooled.device)
+    return (direction * pooled).sum()
+
+
+def _moment_hook(layer: PrunableLayer, moments: dict[str, Tensor]) -> Callable[..., None]:
+    def add(gradient: Tensor) -> None:
+        rows = gradient.detach().flatten(0, -2).float()
+        product = rows.T @ rows
+        moments[layer.name] = moments[layer.name] + product if layer.name in moments else product
+
+    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        # the recomputation of a checkpointed block comes here too; its tensors are never walked backward
+        if output.requires_grad:
+            output.register_hook(add)  # type: ignore[no-untyped-call]
+
+    return hook
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+@contextmanager
+def _no_weight_gradients(model: nn.Module, blocks: Sequence[Block]) -> Iterator[None]:
+    """Only activations carry gradients, from what enters the first block of each stack on."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    first: dict[int, nn.Module] = {}
+    for block in blocks:
+        first.setdefault(block.stack, block.module)
+    handles = [
+        module.register_forward_pre_hook(_start_gradients, with_kwargs=True) for module in first.values()
+    ]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def _start_gradients(
+    _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The block's first argument, its hidden states, carries gradients."""
+    if args:
+        return (_with_gradients(args[0]), *args[1:]), kwargs
+    name = next(iter(kwargs))
+    return args, {**kwargs, name: _with_gradients(kwargs[name])}
+
+
+def _with_gradients(hidden: Tensor) -> Tensor:
+    return hidden if hidden.requires_grad else hidden.detach().requires_grad_(True)
