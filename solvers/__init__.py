@@ -12,6 +12,7 @@ from .gurobi import Gurobi
 from .highs import HiGHS
 from .iterated_local_search import IteratedLocalSearch
 from .one_swap import OneSwap
+from .reconstruction import Reconstruction
 from .registry import SOLVERS
 from .row_sweeps import RowSweeps
 from .scip import SCIP
@@ -42,6 +43,7 @@ __all__ = [
     "Outcome",
     "Qcr",
     "Random",
+    "Reconstruction",
     "RowSweeps",
     "Sdp",
     "Sequence",

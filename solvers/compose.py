@@ -15,7 +15,7 @@ from ..problems.layer import LayerProblem
 from .base import Budget, Group, Outcome, Solver, Status
 
 
-def _chain_group(solvers: Iterable[Solver]) -> Group:
+def _strongest_group(solvers: Iterable[Solver]) -> Group:
     """The most powerful group among ``solvers``: what a table files the combination under."""
     order = [Group.SCORE, Group.LOCAL_SEARCH, Group.BOUND, Group.EXACT, Group.WEIGHT_UPDATE]
     return max((solver.group for solver in solvers), key=order.index)
@@ -32,8 +32,9 @@ def _remaining(budget: Budget, deadline: float) -> Budget:
 class Sequence(Solver):
     """Run solvers one after another, each from the mask of the one before.
 
-    ``Sequence(Magnitude(), OneSwap())`` is 1-swap from magnitude's mask. Status, bounds and stats
-    are the last solver's.
+    ``Sequence(Magnitude(), OneSwap())`` is 1-swap from magnitude's mask, ``Sequence(OneSwap(),
+    Reconstruction())`` least squares on the mask of 1-swap. Members hand on masks, never weights: status,
+    bounds, stats and new weights are the last solver's.
     """
 
     name: ClassVar[str] = "sequence"
@@ -47,8 +48,10 @@ class Sequence(Solver):
 
     @property
     def group(self) -> Group:  # type: ignore[override]  # depends on the members
-        """The most powerful group among the members."""
-        return _chain_group(self.solvers)
+        """The last member's where it updates weights, else the most powerful group that keeps them."""
+        if self.solvers[-1].group is Group.WEIGHT_UPDATE:
+            return Group.WEIGHT_UPDATE
+        return _strongest_group(solver for solver in self.solvers if solver.group is not Group.WEIGHT_UPDATE)
 
     @property
     def layer_budget(self) -> bool:  # type: ignore[override]  # depends on the members
@@ -79,7 +82,11 @@ class Sequence(Solver):
 @final
 @dataclass(frozen=True, init=False, repr=False)
 class BestOf(Solver):
-    """Run several solvers and keep, row by row, the best mask; bounds are the best of each row."""
+    """Run several solvers and keep, row by row, the best mask, with the weights that its solver gave it.
+
+    Bounds are the best of each row; those of a member bound the error of masks with unchanged weights, so
+    that with a member that updates weights there are none.
+    """
 
     name: ClassVar[str] = "best-of"
 
@@ -93,12 +100,13 @@ class BestOf(Solver):
     @property
     def group(self) -> Group:  # type: ignore[override]  # depends on the members
         """The most powerful group among the members."""
-        return _chain_group(self.solvers)
+        return _strongest_group(self.solvers)
 
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
         """Run all members and select."""
         deadline = budget.deadline()
         best: Tensor | None = None
+        kept = problem.weight
         best_errors = torch.full((problem.rows,), torch.inf, dtype=torch.float64, device=problem.device)
         bounds = torch.zeros_like(best_errors)
         statuses = [Status.FINISHED] * problem.rows
@@ -108,16 +116,21 @@ class BestOf(Solver):
                 bounds = torch.maximum(bounds, outcome.row_bounds.to(bounds))
             if outcome.mask is None:
                 continue
-            errors = problem.row_objectives(outcome.mask)
+            errors = problem.row_objectives(outcome.mask, outcome.weight)
             better = errors < best_errors
             best = outcome.mask if best is None else torch.where(better[:, None], outcome.mask, best)
+            kept = torch.where(
+                better[:, None], problem.weight if outcome.weight is None else outcome.weight, kept
+            )
             best_errors = torch.where(better, errors, best_errors)
             of_rows = outcome.row_statuses or [outcome.status] * problem.rows
             statuses = [
                 new if chosen else old
                 for new, old, chosen in zip(of_rows, statuses, better.tolist(), strict=True)
             ]
-        return Outcome(best, Status.FINISHED, row_bounds=bounds, row_statuses=statuses)
+        if best is None or self.group is not Group.WEIGHT_UPDATE:
+            return Outcome(best, Status.FINISHED, row_bounds=bounds, row_statuses=statuses)
+        return Outcome(best, Status.FINISHED, row_statuses=statuses, weight=kept * best)
 
     def missing(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the members
         """Required libraries of any member that are not installed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 
@@ -11,12 +12,14 @@ from .additive_swap import AdditiveSwap
 from .base import Solver
 from .bounds import CorrEigenvalue, Dnn, Naive, Qcr, Sdp, SharedSplit
 from .branch_and_bound import BranchAndBound
+from .compose import Sequence
 from .enumeration import Enumeration
 from .greedy import Greedy
 from .gurobi import Gurobi
 from .highs import HiGHS
 from .iterated_local_search import IteratedLocalSearch
 from .one_swap import OneSwap
+from .reconstruction import Reconstruction
 from .scip import SCIP
 from .scores import RIA, Magnitude, Random, Wanda
 from .tabu import Tabu
@@ -38,6 +41,7 @@ SOLVERS: dict[str, type[Solver]] = {
         SCIP,
         HiGHS,
         Gurobi,
+        Reconstruction,
         CorrEigenvalue,
         Naive,
         SharedSplit,
@@ -62,9 +66,17 @@ def solver_class(name: str) -> type[Solver]:
 def parse_solver(text: str) -> Solver:
     """A solver from ``name`` or ``name:option=value,option=value``, such as ``ria:alpha=1``.
 
+    Names joined by ``+``, each with its options, are a sequence: ``one-swap:search=best+reconstruction``.
+
     Raises:
         InputError: for an unknown solver or option, or a value of another type.
     """
+    # the plus of a number such as 1e+3 is followed by a digit, that of a sequence by a name
+    members = [_parse_one(part) for part in re.split(r"\+(?!\d)", text)]
+    return members[0] if len(members) == 1 else Sequence(*members)
+
+
+def _parse_one(text: str) -> Solver:
     name, _, rest = text.strip().partition(":")
     kind = solver_class(name)
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]  # all are dataclasses

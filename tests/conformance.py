@@ -31,6 +31,10 @@ SOLVERS: list[ss.Solver] = [
     ss.SharedSplit(rounds=1, steps=60),
     ss.Qcr(),
     ss.Dnn(iterations=50),
+    ss.Reconstruction(),
+    ss.Reconstruction(method="conjugate-gradients"),
+    ss.Sequence(ss.OneSwap(), ss.Reconstruction()),
+    ss.BestOf(ss.Reconstruction(), ss.OneSwap()),
 ]
 
 PATTERNS = ("0.5", "0.25", "2:4", "1:4", "3:4")

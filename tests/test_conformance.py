@@ -14,17 +14,26 @@ CASES = list(itertools.product(conformance.FAMILIES, conformance.PATTERNS, (Fals
 
 
 def raw_error(
-    problem: ss.LayerProblem, mask: torch.Tensor, inputs: torch.Tensor, dense: torch.Tensor
+    problem: ss.LayerProblem,
+    mask: torch.Tensor,
+    inputs: torch.Tensor,
+    dense: torch.Tensor,
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """‖wᵀX - (m∘w)ᵀX̂‖² of each row, from activations alone."""
+    """‖wᵀX - (m∘ŵ)ᵀX̂‖² of each row, from activations alone; ŵ = w unless ``kept`` weights were updated."""
     weight = problem.weight.double()
-    return ((weight @ dense - (weight * mask) @ inputs) ** 2).sum(1)
+    new = weight if kept is None else kept.double()
+    return ((weight @ dense - (new * mask) @ inputs) ** 2).sum(1)
 
 
-def tolerance(problem: ss.LayerProblem, dense: torch.Tensor) -> torch.Tensor:
+def tolerance(
+    problem: ss.LayerProblem, dense: torch.Tensor, kept: torch.Tensor | None = None
+) -> torch.Tensor:
     """The Gram is summed from float32 products: 1e-6 of the row's output, which is what cancels."""
-    sizes = (problem.weight.double().abs() @ dense.abs()) ** 2
-    return 1e-6 * sizes.sum(1) + 1e-30
+    sizes = problem.weight.double().abs()
+    if kept is not None:
+        sizes = torch.maximum(sizes, kept.double().abs())
+    return 1e-6 * ((sizes @ dense.abs()) ** 2).sum(1) + 1e-30
 
 
 def all_masks(pattern: ss.SparsityPattern, cols: int) -> torch.Tensor:
@@ -45,8 +54,12 @@ def test_contract(solver: ss.Solver) -> None:
         label = f"{solver} on {problem.name}"
         kept = solution.mask.view(problem.rows, -1, problem.pattern.block).sum(-1)
         assert bool((kept == problem.pattern.keep).all()), label
-        raw = raw_error(problem, solution.mask, inputs, dense)
-        slack = tolerance(problem, dense)
+        raw = raw_error(problem, solution.mask, inputs, dense, solution.weight)
+        slack = tolerance(problem, dense, solution.weight)
+        assert (solution.weight is not None) == (solver.group is ss.Group.WEIGHT_UPDATE), label
+        if solution.weight is not None:
+            assert solution.weight.dtype == problem.weight.dtype, label
+            assert not bool(solution.weight[~solution.mask].any()), label
         assert bool(((solution.row_objectives - raw).abs() <= slack).all()), label
         assert bool((solution.row_bounds <= solution.row_objectives).all()), label
         assert solution.solver == repr(solver)
@@ -63,6 +76,8 @@ def test_same_result_twice(solver: ss.Solver) -> None:
     problem = conformance.problem("correlated", "0.5", drift=True)
     first, second = ss.solve(problem, solver), ss.solve(problem, solver)
     assert torch.equal(first.mask, second.mask)
+    if first.weight is not None:
+        assert torch.equal(first.weight, second.weight)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +169,35 @@ def test_sequence_starts_each_member_from_the_one_before() -> None:
     chained = ss.solve(problem, ss.Sequence(ss.Magnitude(), ss.OneSwap()))
     by_hand = ss.solve(problem, ss.OneSwap(), init=ss.solve(problem, ss.Magnitude()))
     assert torch.equal(chained.mask, by_hand.mask)
+
+
+def test_sequence_changes_weights_only_if_its_last_member_does() -> None:
+    problem = conformance.problem("correlated", "0.5")
+    swapped = ss.solve(problem, ss.OneSwap())
+    chain = ss.Sequence(ss.OneSwap(), ss.Reconstruction())
+    chained, by_hand = ss.solve(problem, chain), ss.solve(problem, ss.Reconstruction(), init=swapped)
+    assert chain.group is ss.Group.WEIGHT_UPDATE
+    assert torch.equal(chained.weight, by_hand.weight)
+    assert chained.objective == by_hand.objective < swapped.objective
+    back = ss.Sequence(ss.Reconstruction(), ss.OneSwap())
+    assert back.group is ss.Group.LOCAL_SEARCH
+    assert ss.solve(problem, back).weight is None
+    assert ss.solve(problem, back).objective == swapped.objective
+    assert ss.Sequence(ss.Reconstruction(), ss.Wanda()).group is ss.Group.SCORE
+
+
+def test_best_of_scores_updated_weights() -> None:
+    """A row's choice is scored with the weights that go with it, and brings them along."""
+    problem = ss.synthetic_layer("correlated", 32, 16, "0.5")
+    members = [ss.RIA(), ss.Sequence(ss.Random(seed=1), ss.Reconstruction())]
+    each = [ss.solve(problem, member) for member in members]
+    best = ss.solve(problem, ss.BestOf(*members))
+    objectives = torch.stack([solution.row_objectives for solution in each])
+    assert torch.equal(best.row_objectives, objectives.amin(0))
+    assert objectives.argmin(0).unique().numel() == 2
+    for row, choice in enumerate(objectives.argmin(0).tolist()):
+        kept = problem.weight * each[0].mask if choice == 0 else each[1].weight
+        assert torch.equal(best.weight[row], kept[row])
 
 
 def test_best_of_takes_the_best_of_each_row() -> None:

@@ -83,11 +83,18 @@ def test_solvers_from_text() -> None:
     assert parse_solver("ria:alpha=1") == ss.RIA(alpha=1.0)
     assert parse_solver("one-swap:max_swaps=5,search=best") == ss.OneSwap(max_swaps=5, search="best")
     assert parse_solver("one-swap:max-swaps=none") == ss.OneSwap()
+    assert parse_solver("one-swap+reconstruction") == ss.Sequence(ss.OneSwap(), ss.Reconstruction())
+    assert parse_solver("ria:alpha=1 + one-swap:max_swaps=5,search=best + reconstruction:damping=1e-2") == (
+        ss.Sequence(ss.RIA(1.0), ss.OneSwap(max_swaps=5, search="best"), ss.Reconstruction(damping=0.01))
+    )
+    assert parse_solver("ria:alpha=1e+0+one-swap") == ss.Sequence(ss.RIA(1.0), ss.OneSwap())
     for text, message in [
         ("nothing", "unknown solver: expected one of"),
         ("ria:beta=1", "expected option=value with one of alpha, found 'beta=1'"),
         ("ria:alpha=x", "option alpha of solver ria"),
         ("one-swap:max_swaps=-1", "expected at least 0, found -1"),
+        ("one-swap+nothing", "unknown solver: expected one of"),
+        ("one-swap+", "found ''"),
     ]:
         with pytest.raises(ss.InputError, match=message):
             parse_solver(text)
