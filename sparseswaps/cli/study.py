@@ -31,6 +31,10 @@ def study(
     backend: Annotated[
         str, typer.Option(help="joblib backend: loky, threading, sequential, dask, ray.")
     ] = "loky",
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="Address of a running Dask or Ray cluster; without it a local one is started."),
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed units again.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and its cost; run nothing.")
@@ -44,6 +48,8 @@ def study(
     sparseswaps study study.toml --dry-run
 
     sparseswaps study study.toml --out report
+
+    sparseswaps study study.toml --backend dask --cluster tcp://host:8786
     """
     quiet_libraries()
     record = database or Path(f"{file.stem}.sqlite")
@@ -68,7 +74,13 @@ def study(
                 )
 
         outcome = run_study(
-            file, record, jobs=jobs, backend=backend, retry_failed=retry_failed, progress=show
+            file,
+            record,
+            jobs=jobs,
+            backend=backend,
+            cluster=cluster,
+            retry_failed=retry_failed,
+            progress=show,
         )
     console.print(
         f"{outcome.ran} units run, {outcome.done} done, {outcome.failed} failed, "

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import InputError
 from ..study_records import PlannedUnit, UnitResult
+from .cluster import Workers, run_unordered, workers
 from .database import StudyDatabase, process_id
 from .plan import CostEstimate, estimate_cost, plan_summary, plan_units
 from .problems import extract
@@ -102,6 +102,7 @@ def run_study(
     *,
     jobs: int | None = None,
     backend: str = "loky",
+    cluster: str | None = None,
     retry_failed: bool = False,
     progress: Callable[[StudyProgress], None] | None = None,
 ) -> StudyOutcome:
@@ -112,23 +113,22 @@ def run_study(
     Args:
         study: a study or its file.
         database: the record; extracted layers are kept beside it.
-        jobs: units at a time, by default one per processor.
-        backend: of joblib: ``loky`` (processes), ``threading``, ``sequential``, or one that was
-            registered with ``joblib.register_parallel_backend``, such as Dask's or Ray's. On other
+        jobs: units at a time, by default one per processor, on a cluster one per thread of its workers.
+        backend: of joblib: ``loky`` (processes), ``threading``, ``sequential``, ``dask``, ``ray``, or one
+            that was registered with ``joblib.register_parallel_backend`` (see ``study.cluster``).
+        cluster: address of a running Dask or Ray cluster; without one a local cluster is started. On other
             machines the record's folder must be reachable under the same path.
         retry_failed: run failed units again.
         progress: called after every unit.
 
     Raises:
-        InputError: for a study that cannot be run.
+        InputError: for a study that cannot be run, or a cluster that does not answer.
+        SolverNotInstalledError: if the library of the backend is missing.
     """
     study = study if isinstance(study, Study) else load_study(study)
-    count = jobs if jobs is not None else os.cpu_count() or 1
-    if count < 1:
-        raise InputError(f"jobs counts work units at a time: expected at least 1, found {count}")
     units = plan_units(study)
     path = Path(database)
-    with StudyDatabase(path) as record:
+    with workers(backend, jobs, cluster) as pool, StudyDatabase(path) as record:
         facts = {
             "name": study.name, "title": study.title, "description": study.description,
             "units": len(units), "memory_mb": study.memory_mb,
@@ -137,7 +137,9 @@ def run_study(
         record.release_lost()
         if retry_failed:
             record.retry_failed([study.name])
-        job = _Run(study, units, record, path.with_name(path.name + CACHE_SUFFIX), count, backend, progress)
+        # workers elsewhere do not share this process's current folder
+        cache = path.resolve().with_name(path.name + CACHE_SUFFIX)
+        job = _Run(study, units, record, cache, pool, progress)
         ran = job.run()
         counts = record.counts([study.name])
     return StudyOutcome(path, ran, counts["done"], counts["failed"], counts["claimed"])
@@ -151,31 +153,21 @@ class _Run:
     units: list[PlannedUnit]
     record: StudyDatabase
     cache: Path
-    jobs: int
-    backend: str
+    workers: Workers
     progress: Callable[[StudyProgress], None] | None
 
     def run(self) -> int:
         """Run until nothing is left to claim; returns how many units."""
-        from joblib import Parallel, delayed
-
         self._extract()
         owner = process_id()
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
         clock = _Clock(self.record, self.study.name)
         ran = 0
-        pool = Parallel(
-            n_jobs=self.jobs,
-            backend=self.backend,
-            return_as="generator_unordered" if self.backend != "sequential" else "generator",
-            pre_dispatch=self.jobs,
-            batch_size=1,
+        calls = (
+            (unit.unit, unit.study, unit.spec, str(self.cache), unit.limit, self.workers.threads)
+            for unit in self._claims(owner)
         )
         try:
-            results = pool(
-                delayed(run_unit)(unit.unit, unit.study, unit.spec, str(self.cache), unit.limit, threads)
-                for unit in self._claims(owner)
-            )
+            results = run_unordered(self.workers, run_unit, calls)
             for result in results:
                 self.record.finish(result)
                 ran += 1
@@ -197,7 +189,7 @@ class _Run:
         """Units in order, each claimed when the pool asks for it."""
         while (unit := self.record.claim([self.study.name], owner)) is not None:
             # where this process stands, not where the plan was written
-            yield replace(unit, spec={**unit.spec, "folder": str(self.study.folder)})
+            yield replace(unit, spec={**unit.spec, "folder": str(self.study.folder.resolve())})
 
     def _report(self, result: UnitResult, clock: _Clock) -> None:
         if self.progress is None:
@@ -209,7 +201,7 @@ class _Run:
                 clock.failed,
                 clock.total,
                 time.perf_counter() - clock.begin,
-                clock.seconds_left() / self.jobs,
+                clock.seconds_left() / self.workers.jobs,
                 result.record.label,
                 result.record.failure,
             )
