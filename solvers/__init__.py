@@ -1,6 +1,7 @@
 """How layer problems are solved: one algorithm per file, named as its paper names it."""
 
 from .additive_swap import AdditiveSwap
+from .admm import ADMM
 from .base import Budget, Group, Outcome, Solution, Solver, Status, TracePoint, solve
 from .bounds import CorrEigenvalue, Dnn, LayerBound, Naive, Qcr, Sdp, SharedSplit, bound
 from .branch_and_bound import BranchAndBound
@@ -17,9 +18,11 @@ from .registry import SOLVERS
 from .row_sweeps import RowSweeps
 from .scip import SCIP
 from .scores import RIA, Magnitude, Random, Wanda
+from .sparsegpt import SparseGPT
 from .tabu import Tabu
 
 __all__ = [
+    "ADMM",
     "RIA",
     "SCIP",
     "SOLVERS",
@@ -50,6 +53,7 @@ __all__ = [
     "SharedSplit",
     "Solution",
     "Solver",
+    "SparseGPT",
     "Status",
     "Tabu",
     "TracePoint",

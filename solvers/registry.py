@@ -9,6 +9,7 @@ import typing
 
 from ..errors import InputError
 from .additive_swap import AdditiveSwap
+from .admm import ADMM
 from .base import Solver
 from .bounds import CorrEigenvalue, Dnn, Naive, Qcr, Sdp, SharedSplit
 from .branch_and_bound import BranchAndBound
@@ -22,6 +23,7 @@ from .one_swap import OneSwap
 from .reconstruction import Reconstruction
 from .scip import SCIP
 from .scores import RIA, Magnitude, Random, Wanda
+from .sparsegpt import SparseGPT
 from .tabu import Tabu
 
 SOLVERS: dict[str, type[Solver]] = {
@@ -41,6 +43,8 @@ SOLVERS: dict[str, type[Solver]] = {
         SCIP,
         HiGHS,
         Gurobi,
+        SparseGPT,
+        ADMM,
         Reconstruction,
         CorrEigenvalue,
         Naive,
