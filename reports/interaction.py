@@ -206,8 +206,8 @@ def _model_rows(models: Sequence[ModelRecord]) -> list[Row]:
     groups: dict[tuple[object, ...], list[ModelRecord]] = {}
     for record in models:
         if _is_swap(record) and _limit(record) == float("inf"):
-            key = (
-                record.model, pattern_order(record.pattern), record.mode, record.drift, record.calibration,
+            key: tuple[object, ...] = (
+                record.model, pattern_order(record.pattern), record.fitted, record.calibration,
                 record.samples, record.seed, record.start,
             )  # fmt: skip
             groups.setdefault(key, []).append(record)
@@ -221,10 +221,9 @@ def _model_rows(models: Sequence[ModelRecord]) -> list[Row]:
 
 def _model_row(record: ModelRecord) -> Row:
     quality: tuple[Cell, ...] = (record.perplexity, record.cosine)
-    how = record.mode + (f", drift {record.drift:g}" if record.drift else "")
     return (
-        record.model, pattern_name(record.pattern), how, record.label, record.error, record.held_out_error,
-        *quality,
+        record.model, pattern_name(record.pattern), record.fitted, record.label, record.error,
+        record.held_out_error, *quality,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..study_records import LayerBoundRecord, ModelLayer, ModelRecord
 from .axes import legend_below, numbers, series
@@ -110,8 +110,8 @@ def _text(rows: Sequence[Row]) -> list[str]:
         least, most = (pick(kinds, key=lambda row: numbers([row], 7)[0]) for pick in (min, max))
         text.append(
             f"{model}, {pattern}: other masks could save at most {numbers([best], 7)[0]:.1%} of the error "
-            f"that **{best[2]}** leaves in a layer on average, from {numbers([least], 7)[0]:.1%} ({least[3]}) to "
-            f"{numbers([most], 7)[0]:.1%} ({most[3]})."
+            f"that **{best[2]}** leaves in a layer on average, from {numbers([least], 7)[0]:.1%} "
+            f"({least[3]}) to {numbers([most], 7)[0]:.1%} ({most[3]})."
         )
     return text
 
@@ -164,6 +164,7 @@ def _figure(model: str, rows: Sequence[Row]) -> Figure | None:
                 axes.plot(numbers(points, column), y, look.mark, color=look.colour, label=label)
             axes.set_title(title, loc="left")
             axes.set_xlim(left=0)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         widths = {str(row[1]): row[2] for row in rows}
         panels[0].set_yticks(
@@ -176,9 +177,9 @@ def _figure(model: str, rows: Sequence[Row]) -> Figure | None:
     return Figure(
         f"certified-layers-{stem}",
         f"{model}, {pattern}: error and certified gap by layer type",
-        "Left: layer error, by layer type with its width. Right: the share of it that other masks could save at "
-        "most. Methods that lie apart on the left and close together on the right differ less than the bound can "
-        "tell.",
+        "Left: layer error, by layer type with its width. Right: the share of it that other masks could "
+        "save at most. Methods that lie apart on the left and close together on the right differ less than "
+        "the bound can tell.",
         ("run", "layer type", "cols", "mean layer error", "mean certified gap"),
         chosen,
         draw,

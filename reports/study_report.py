@@ -41,7 +41,7 @@ def write_study_report(out_dir: str | os.PathLike[str], records: StudyRows) -> P
         interaction_section(data, records.models),
         warm_start_section(data),
         calibration_section(data),
-        *model_sections(records.models, records.layers),
+        *model_sections(records.models, records.layers, records.bounds),
         cost_section(data),
         instances_section(data),
         solvers_section(records),

@@ -42,7 +42,7 @@ def column(path, name, **where):
 def test_the_golden_files_cover_every_figure_and_table(report):
     written = {path.relative_to(report) for path in report.glob("*/*.csv")}
     assert written == {path.relative_to(GOLDEN) for path in GOLDEN.glob("*/*.csv")}
-    assert sum(path.parts[0] == "figures" for path in written) == 21
+    assert sum(path.parts[0] == "figures" for path in written) == 23
 
 
 @pytest.mark.parametrize("name", sorted(str(p.relative_to(GOLDEN)) for p in GOLDEN.glob("*/*.csv")))
@@ -124,6 +124,30 @@ def test_the_interaction_term_by_hand(report):
     wide = sum(f * (1 + p + r) for p in range(9, 13) for r, f in ((0, 1.2), (1, 1.25)))
     wide /= sum(f * (1 + p + r) for p in range(9, 13) for r, f in ((0, 1.0), (1, 1.25)))
     assert f"blind, from wanda ends with {wide - 1:.2%} more error than best swaps, from wanda" in page
+
+
+def test_certified_gaps_of_whole_models_by_hand(report):
+    table = report / "tables" / "certified-layers.csv"
+    run = {
+        "model": "model A",
+        "pattern": "50%",
+        "method": "1-swap, sequential, 64 windows, calibrated on text",
+    }
+    assert column(table, "layer type", **run) == ["q_proj", "up_proj", "all layers"]
+    assert [float(cell) for cell in column(table, "certified gap", **run)] == [0.5, 0.25, 0.375]
+    # relative errors of the two blocks are 0.1 and 0.2
+    assert [float(cell) for cell in column(table, "layer error", **run)] == pytest.approx([0.15] * 3)
+    assert column(table, "cut off", **run) == ["0", "0", "0"]
+    assert sum(int(cell) for cell in column(table, "cut off", **{"layer type": "all layers"})) == 2 * 4
+    figure = report / "figures" / "certified-layers-model-a.csv"
+    assert len(read(figure)) == 1 + 2 * 2  # two runs at 50 %, two layer types
+    page = (report / "index.html").read_text()
+    assert "leaves in a layer on average, from 25.0% (up_proj) to 50.0% (q_proj)" in page
+    without = replace(study_rows(), bounds=())
+    from sparseswaps.reports.model_results import model_sections
+
+    titles = [section.title for section in model_sections(without.models, without.layers, without.bounds)]
+    assert "Certified gaps of whole models" not in titles
 
 
 def test_the_text_is_computed_from_the_rows(report):

@@ -14,10 +14,12 @@ import pytest
 
 from sparseswaps.errors import InputError, InvalidFileError
 from sparseswaps.problems import save_instance, synthetic_layer
-from sparseswaps.solvers import RIA, solve
+from sparseswaps.problems.pattern import LayerBudget
+from sparseswaps.solvers import RIA, OneSwap, solve
 from sparseswaps.study import StudyDatabase, build_report, export, merge, parse_study, plan_units, run_study
 from sparseswaps.study.database import process_id
 from sparseswaps.study.execute import failed
+from sparseswaps.study.layer_bounds import BoundedSolver
 from sparseswaps.study.supervisor import close_child, run_unit
 
 VALUES = {
@@ -320,6 +322,55 @@ def test_whole_models_and_their_layers_are_studied(tmp_path):
     layer_units = rows.units
     assert len(layer_units) == 2 * 3
     assert all(unit.held_out > 0 and unit.cols == 32 and unit.rows == 2 for unit in layer_units)
+
+
+def test_layers_of_whole_models_are_bounded_where_asked(tmp_path):
+    base = {
+        "model": "demo", "calibration": "stdlib", "evaluation": "stdlib-held-out",
+        "samples": 2, "length": 64, "evaluation_limit": 2, "solvers": ["1-swap"],
+    }  # fmt: skip
+    solver = {"solver": "one-swap", "label": "1-swap", "start": "wanda"}
+    values = {
+        "name": "bounded",
+        "model": [base, {**base, "mode": "one-shot", "bound": "corr-eigenvalue", "bound_seconds": 30}],
+        "solver": [solver],
+    }
+    outcome = run_study(parse_study(values), tmp_path / "b.sqlite", jobs=1, backend="sequential")
+    assert outcome.failed == 0
+    with StudyDatabase(tmp_path / "b.sqlite") as record:
+        rows = record.read()
+    plain, bounded = sorted(rows.models, key=lambda run: run.mode, reverse=True)
+    assert (plain.mode, bounded.mode) == ("sequential", "one-shot")
+    layers = {layer.record.name: layer.record for layer in rows.layers if layer.unit == bounded.unit}
+    assert {found.unit for found in rows.bounds} == {bounded.unit}
+    assert {found.layer for found in rows.bounds} == set(layers)
+    for found in rows.bounds:
+        layer = layers[found.layer]
+        assert found.tier == "corr-eigenvalue"
+        assert 0 <= found.bound <= found.objective
+        # the same mask on the same inputs, as the pipeline scored it
+        assert found.objective == pytest.approx(layer.objective * layer.output_norm, rel=1e-9)
+        assert layer.seconds >= 0
+    assert bounded.solver == plain.solver
+    assert bounded.seconds_layers < bounded.seconds
+    # merging and exporting keep them
+    assert merge(tmp_path / "all.sqlite", [tmp_path / "b.sqlite"]) == 2
+    with StudyDatabase(tmp_path / "all.sqlite") as record:
+        assert record.read() == rows
+    files = {path.name: path for path in export(tmp_path / "all.sqlite", tmp_path / "csv")}
+    assert len(files["bounds.csv"].read_text().splitlines()) == 1 + len(rows.bounds)
+    page = build_report(tmp_path / "all.sqlite", tmp_path / "report").read_text()
+    assert "Certified gaps of whole models" in page
+
+
+def test_what_no_tier_covers_has_no_bound():
+    problem = synthetic_layer("correlated", 4, 16, "0.5")
+    by_layer = replace(problem, pattern=LayerBudget(8, 16))
+    for given, count in ((problem, 1), (by_layer, 0)):
+        solver = BoundedSolver(OneSwap(), "unit", "naive", None)
+        solution = solve(given, solver)
+        assert solution.solver == repr(OneSwap())
+        assert len(solver.found) == count
 
 
 def test_scores_see_the_whole_layer_of_which_rows_are_sampled(tmp_path):

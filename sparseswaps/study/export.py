@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ..errors import InputError, InvalidFileError, SolverNotInstalledError
 from ..records import LayerRecord
-from ..study_records import ModelRecord, RowRecord, StudyRows, TraceRecord, UnitRecord
+from ..study_records import LayerBoundRecord, ModelRecord, RowRecord, StudyRows, TraceRecord, UnitRecord
 from .database import StudyDatabase
 
 
@@ -56,6 +56,7 @@ def export(
         "traces": (_names(TraceRecord), [asdict(row) for row in rows.traces]),
         "models": (_names(ModelRecord), [asdict(row) for row in rows.models]),
         "layers": (["unit", *_names(LayerRecord)], layers),
+        "bounds": (_names(LayerBoundRecord), [asdict(row) for row in rows.bounds]),
     }
     written = []
     for name, (columns, values) in tables.items():
