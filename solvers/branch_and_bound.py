@@ -28,7 +28,16 @@ from ..problems.layer import LayerProblem
 from ..problems.row_program import BoolArray, RowProgram
 from .base import Budget, Group, Outcome, Solver, Status
 from .bounds.convex_split import ConvexSplit
-from .bounds.dnn import WORTH_REPEATING, DnnState, iterate, restrict_state, split_of, start_state
+from .bounds.dnn import (
+    PLAIN_STEPS,
+    WORTH_REPEATING,
+    DnnState,
+    iterate,
+    iterate_with_cuts,
+    restrict_state,
+    split_of,
+    start_state,
+)
 from .bounds.presolve import Reduced, eigenvalue_fixing, reduced_cost_fixing
 from .bounds.qcr import qcr_split
 from .iterated_local_search import IteratedLocalSearch
@@ -39,7 +48,7 @@ WORK_PER_SLICE = 5_000_000
 # Nodes of the search with the QCR split before the doubly nonnegative split is worth its time.
 QCR_NODES = 3000
 # Steps of the doubly nonnegative iteration and nodes of the search in each round.
-DNN_ROUNDS = ((100, 10_000), (200, 100_000))
+DNN_ROUNDS = ((0, 3_000), (120, 10_000), (360, 100_000))
 # The same for each part, once the program is divided.
 PART_STEPS, PART_NODES = 60, 15_000
 UNLIMITED = np.iinfo(np.int64).max
@@ -195,7 +204,9 @@ class _Proof:
         """The doubly nonnegative split after ``steps`` more steps, None if fixing leaves nothing."""
         while not self.closed:
             program = self.reduced.program
-            self.state = iterate(program, self.state or start_state(program), steps, self.deadline)
+            if self.state is None:
+                self.state = iterate(program, start_state(program), PLAIN_STEPS, self.deadline)
+            self.state = iterate_with_cuts(program, self.state, steps, self.deadline)
             split = split_of(program, self.state, self.deadline)
             if not self._tighten(split):
                 return split
@@ -235,7 +246,7 @@ class _Proof:
 
     def _search(self, split: ConvexSplit | None, nodes: int) -> bool:
         """Search with ``split`` for at most ``nodes`` nodes; returns whether the tree is done."""
-        from .kernels.branch_and_bound import NODES, new_levels, open_bound, search
+        from .kernels.branch_and_bound import NODES, new_dropped, new_levels, open_bound, search
 
         if split is None or self.closed:
             return True
@@ -249,13 +260,15 @@ class _Proof:
             np.zeros(inner.size, dtype=np.bool_),
             self.upper,
         )
+        cuts = split.triangles
+        dropped = new_dropped(inner.size, split.nonnegative, cuts.corners, cuts.kinds, cuts.weights)
         limit = min(nodes, self.node_limit - self.nodes)
         began = time.thread_time()
         done = False
         while not done and levels.state[NODES] < limit and time.monotonic() < self.deadline:
             done = search(
                 split.convex,
-                split.nonnegative,
+                dropped,
                 inner.quadratic,
                 inner.linear,
                 inner.constant,

@@ -24,7 +24,7 @@ def rescaled(problem: ss.LayerProblem, factor: float) -> ss.LayerProblem:
     """The problem with weights (and drift) multiplied: errors scale by the square."""
     drift = problem.drift and ss.Drift(problem.drift.linear * factor, problem.drift.constant * factor**2)
     return ss.LayerProblem(
-        problem.weight.double() * factor, problem.gram, problem.pattern, drift, problem.name
+        problem.weight.double() * factor, problem.gram, problem.pattern, drift, name=problem.name
     )
 
 

@@ -2,13 +2,15 @@
 
 A split writes the objective, on the allowed 0/1 points, as
 
-    f(x) = xᵀPx + linᵀx + xᵀNx + const,    N ≥ 0 elementwise, diag(N) = 0,    eᵀPe ≥ 0 whenever 1ᵀe_b = 0
+    f(x) = xᵀPx + linᵀx + xᵀNx + Σ_t μ_t s_t(x) + const,
+    N ≥ 0 elementwise, diag(N) = 0,    μ ≥ 0,    eᵀPe ≥ 0 whenever 1ᵀe_b = 0
 
-It comes from any multipliers ``D`` (n,) and ``N`` (n, n): ``P = Q - N - Diag(D)``, ``lin = 2q + D``
-because ``x_j² = x_j``. Whatever the multipliers, P is made positive semidefinite on the face of the
-blocks' sums by a shift along diag(Q) that is computed in float64 and widened by the rounding of the
-eigenvalue; dropping N then leaves a convex relaxation, whose tangent at any point bounds f. So a bound
-never rests on a solver's own claim.
+where ``s_t(x) ≥ 0`` are the slacks of triangle inequalities (`triangles`), quadratic functions of x. It comes
+from any multipliers ``D`` (n,), ``N`` (n, n) and ``μ``: P is Q less N, Diag(D) and the quadratic part of
+``Σ μ_t s_t``, and lin likewise, because ``x_j² = x_j``. Whatever the multipliers, P is made positive
+semidefinite on the face of the blocks' sums by a shift along diag(Q) that is computed in float64 and widened
+by the rounding of the eigenvalue; dropping N and the slacks then leaves a convex relaxation, whose tangent at
+any point bounds f. So a bound never rests on a solver's own claim.
 
 Source: QCR, Billionnet, Elloumi, Plateau, Discrete Applied Mathematics 157 (2009); with N it is the dual
 of the doubly nonnegative relaxation (Burer, Mathematical Programming 120 (2009), section 3).
@@ -16,12 +18,13 @@ of the doubly nonnegative relaxation (Burer, Mathematical Programming 120 (2009)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import scipy.linalg
 
 from ...problems.row_program import FloatArray, RowProgram
+from .triangles import Triangles
 
 # Rounding of a float64 sum of n terms is at most n ε of their magnitude; products of such sums and the
 # incremental updates of a search stay within this multiple of it.
@@ -31,7 +34,7 @@ EPSILON = float(np.finfo(np.float64).eps)
 
 @dataclass(frozen=True, eq=False)
 class ConvexSplit:
-    """f = xᵀPx + linᵀx + xᵀNx + const of one program.
+    """f = xᵀPx + linᵀx + xᵀNx + Σ μ_t s_t(x) + const of one program.
 
     Attributes:
         program: whose objective is split.
@@ -39,6 +42,7 @@ class ConvexSplit:
         linear: ``lin`` (n,).
         nonnegative: ``N`` (n, n), or (0, 0) where there is none.
         constant: ``const``.
+        triangles: the slacks ``s_t`` and their multipliers ``μ``.
     """
 
     program: RowProgram
@@ -46,6 +50,7 @@ class ConvexSplit:
     linear: FloatArray
     nonnegative: FloatArray
     constant: float
+    triangles: Triangles = field(default_factory=Triangles.none)
 
     @property
     def allowance(self) -> float:
@@ -53,6 +58,8 @@ class ConvexSplit:
         largest = np.abs(self.convex).sum(1) + np.abs(self.linear)
         ones = max(1.0, float(self.program.counts.sum()))
         size = max(float(largest.max(initial=0.0)) * ones, self.program.magnitude)
+        # every slack is a sum of at most seven terms of size 1
+        size += 7 * float(self.triangles.weights.sum())
         return ROUNDING_FACTOR * EPSILON * float(np.sqrt(max(1, self.program.size))) * size
 
     def bound(self, precision: float = 1e-4, rounds: int = 2000) -> float:
@@ -88,24 +95,45 @@ class ConvexSplit:
 
 
 def split_with(
-    program: RowProgram, diagonal: FloatArray, nonnegative: FloatArray | None = None
+    program: RowProgram,
+    diagonal: FloatArray,
+    nonnegative: FloatArray | None = None,
+    triangles: Triangles | None = None,
 ) -> ConvexSplit:
-    """The split of any multipliers ``D`` (n,) and ``N`` (n, n); negative entries of N are dropped."""
+    """The split of any multipliers ``D`` (n,), ``N`` (n, n) and ``μ``.
+
+    Negative entries of N are dropped; ``D`` is on top of the diagonal that the triangles leave.
+    """
     n = program.size
-    convex = program.quadratic - np.diag(diagonal)
+    triangles = triangles or Triangles.none()
+    shifted = with_triangles(program, triangles)
+    convex = shifted.quadratic - np.diag(diagonal)
     if nonnegative is None:
         nonnegative = np.zeros((0, 0))
     else:
         nonnegative = np.maximum((nonnegative + nonnegative.T) / 2, 0.0)
         np.fill_diagonal(nonnegative, 0.0)
         convex = convex - nonnegative
-    linear = 2 * program.linear + diagonal
+    linear = 2 * shifted.linear + diagonal
     if n:
         weights = shift_weights(program)
         shift = face_shift(convex, weights, program)
         convex[np.diag_indices(n)] += shift * weights
         linear = linear - shift * weights
-    return ConvexSplit(program, convex, linear, nonnegative, program.constant)
+    return ConvexSplit(program, convex, linear, nonnegative, shifted.constant, triangles)
+
+
+def with_triangles(program: RowProgram, triangles: Triangles) -> RowProgram:
+    """The program with ``Σ μ_t s_t(x)`` taken off its objective."""
+    if not len(triangles):
+        return program
+    A = triangles.matrix(program.size)
+    return replace(
+        program,
+        quadratic=program.quadratic + A[1:, 1:],
+        linear=program.linear + A[0, 1:],
+        constant=program.constant + float(A[0, 0]),
+    )
 
 
 def shift_weights(program: RowProgram) -> FloatArray:

@@ -1,9 +1,10 @@
 """Depth-first branch and bound over one row program, in numba.
 
-The objective is split as ``f(x) = xᵀPx + linᵀx + xᵀNx + constant`` on 0/1 points, with ``P`` positive
-semidefinite on ``{e : 1ᵀe_b = 0}`` and ``N ≥ 0`` elementwise with a zero diagonal (``ConvexSplit``).
-At a node the free variables relax to [0, 1] and N is dropped between free ones; row ``N_i`` returns as
-a linear cost once ``x_i`` is fixed to 1. From any point ``x`` of the relaxation, with its gradient ``g``,
+The objective is split as ``f(x) = xᵀPx + linᵀx + xᵀNx + Σ_t μ_t s_t(x) + constant`` on 0/1 points, with
+``P`` positive semidefinite on ``{e : 1ᵀe_b = 0}``, ``N ≥ 0`` elementwise with a zero diagonal and slacks
+``s_t ≥ 0`` of triangle inequalities (``ConvexSplit``). At a node the free variables relax to [0, 1] and what
+is never negative is dropped between free ones; row ``N_i`` returns as a linear cost once ``x_i`` is fixed to
+1, a slack once two of its variables are fixed. From any ``x`` of the relaxation, with its gradient ``g``,
 
     f(z) ≥ φ(x) + gᵀ(z - x) ≥ φ(x) - gᵀx + Σ_blocks (sum of the smallest g_j, as many as ones are missing)
 
@@ -30,41 +31,85 @@ LOOK, BACK, DONE = 0, 1, 2
 NODE_PRECISION = 2e-3
 # Rounds of pair steps at a node whose relaxation is known to stay below the threshold.
 ROUNDS, ROOT_ROUNDS = 6, 60
+# Pair steps per round: the number of free variables over this, and a few more.
+STEPS_SHARE = 2
+# A pair with less curvature than this exchanges all it can.
+FLAT = 1e-300
+# Compiler freedoms that keep infinities and signs but let loops over a block run in vector registers.
+FAST = {"reassoc", "contract", "arcp"}
 # Entries this close to 0 or 1 are set there: sums of blocks stay exact to rounding.
 SNAP = 1e-13
+
+
+class Dropped(NamedTuple):
+    """The terms of a split that are never negative; ``n`` variables, ``m`` triangles.
+
+    Attributes:
+        nonnegative: ``N`` (n, n), or (0, 0) for none.
+        corners: variables of each triangle, the centre first (m, 3).
+        kinds: 0 or 1 (m,), as in ``bounds.triangles``.
+        weights: ``μ`` (m,).
+        first: where the triangles of each variable start in ``members``, and their end (n + 1,).
+        members: triangles by variable (3 m,).
+    """
+
+    nonnegative: npt.NDArray[np.float64]
+    corners: npt.NDArray[np.int64]
+    kinds: npt.NDArray[np.int8]
+    weights: npt.NDArray[np.float64]
+    first: npt.NDArray[np.int64]
+    members: npt.NDArray[np.int64]
+
+
+def new_dropped(
+    n: int,
+    nonnegative: npt.NDArray[np.float64],
+    corners: npt.NDArray[np.int64],
+    kinds: npt.NDArray[np.int8],
+    weights: npt.NDArray[np.float64],
+) -> Dropped:
+    """The terms with the triangles listed by variable."""
+    flat = corners.ravel()
+    first = np.concatenate([[0], np.cumsum(np.bincount(flat, minlength=n))]).astype(np.int64)
+    members = np.argsort(flat, kind="stable").astype(np.int64) // 3
+    return Dropped(nonnegative, corners, kinds, weights, first, members)
 
 
 class Levels(NamedTuple):
     """State of a search, one row per depth; ``n`` variables, ``blocks`` blocks.
 
+    Fixed variables stay in the arrays: loops over whole rows of P are much faster than gathered ones.
+
     Attributes:
-        free: indices of the free variables (depths, n); the first ``size`` count.
-        x: point of the relaxation, by position (depths, n).
-        g: gradient there, by position (depths, n).
-        lin: linear costs, with those of the variables fixed to 1, by position (depths, n).
-        value: -1 free, 0, 1, by variable (depths, n).
-        starts: first position of each block (depths, blocks + 1).
+        x: point of the relaxation (depths, n).
+        g: gradient there (depths, n).
+        lin: linear costs, with those of the variables fixed to 1 (depths, n).
+        open: 1.0 where a variable is free, else 0.0 (depths, n).
+        value: -1 free, 0, 1 (depths, n).
         need: ones that each block still needs (depths, blocks).
-        constant: cost of the variables fixed to 1 (depths,).
+        left: free variables of each block (depths, blocks).
+        constant: what returned slacks add (depths,).
         bound: best bound of the node (depths,).
-        position: which position was branched on (depths,).
+        branch: variable that was branched on (depths,).
         pending: value of the second child, -1 if it is done (depths,).
+        starts: first variable of each block and their end (blocks + 1,).
         state: depth, phase, nodes and leaves so far (4,).
         incumbent: best point (n,), bool.
         upper: its objective (1,).
     """
 
-    free: npt.NDArray[np.int64]
     x: npt.NDArray[np.float64]
     g: npt.NDArray[np.float64]
     lin: npt.NDArray[np.float64]
+    open: npt.NDArray[np.float64]
     value: npt.NDArray[np.int8]
-    starts: npt.NDArray[np.int64]
     need: npt.NDArray[np.int64]
+    left: npt.NDArray[np.int64]
     constant: npt.NDArray[np.float64]
     bound: npt.NDArray[np.float64]
-    position: npt.NDArray[np.int64]
+    branch: npt.NDArray[np.int64]
     pending: npt.NDArray[np.int8]
+    starts: npt.NDArray[np.int64]
     state: npt.NDArray[np.int64]
     incumbent: npt.NDArray[np.bool_]
     upper: npt.NDArray[np.float64]
@@ -82,28 +127,28 @@ def new_levels(
     """State at the root: every variable free, the point in the middle of each block."""
     n, blocks, depths = len(lin), len(counts), len(lin) + 2
     levels = Levels(
-        free=np.zeros((depths, n), dtype=np.int64),
         x=np.zeros((depths, n)),
         g=np.zeros((depths, n)),
         lin=np.zeros((depths, n)),
+        open=np.ones((depths, n)),
         value=np.full((depths, n), -1, dtype=np.int8),
-        starts=np.zeros((depths, blocks + 1), dtype=np.int64),
         need=np.zeros((depths, blocks), dtype=np.int64),
+        left=np.zeros((depths, blocks), dtype=np.int64),
         constant=np.zeros(depths),
         bound=np.full(depths, -np.inf),
-        position=np.zeros(depths, dtype=np.int64),
+        branch=np.zeros(depths, dtype=np.int64),
         pending=np.full(depths, -1, dtype=np.int8),
+        starts=starts.astype(np.int64),
         state=np.zeros(4, dtype=np.int64),
         incumbent=incumbent.copy(),
         upper=np.array([upper]),
     )
     sizes = np.diff(starts)
-    levels.free[0] = np.arange(n)
     levels.x[0] = np.repeat(counts / np.maximum(sizes, 1), sizes)
     levels.lin[0] = lin
     levels.g[0] = 2 * (P @ levels.x[0]) + lin
-    levels.starts[0] = starts
     levels.need[0] = counts
+    levels.left[0] = sizes
     levels.constant[0] = constant
     return levels
 
@@ -133,30 +178,34 @@ def _smallest(values, count):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def linearised(x, g, lin, constant, starts, need, inside, outside, scratch):  # type: ignore[no-untyped-def]
+def linearised(x, g, lin, open, constant, starts, need, left, inside, outside, scratch):  # type: ignore[no-untyped-def]
     """φ(x) and the bound from the tangent at x.
 
-    Also fills, per block, the largest gradient among the chosen smallest ones (``inside``) and the
-    smallest among the others (``outside``): the reduced costs are measured against them.
+    Also fills, per block with freedom, the largest gradient among the chosen smallest ones (``inside``) and
+    the smallest among the others (``outside``): the reduced costs are measured against them.
     """
-    phi, tangent = constant, 0.0
-    for k in range(starts[-1]):
-        phi += 0.5 * x[k] * (g[k] + lin[k])
-        tangent += g[k] * x[k]
+    phi, tangent = 0.0, 0.0
+    for k in range(len(x)):
+        phi += x[k] * (g[k] + lin[k])
+        tangent += open[k] * g[k] * x[k]
+    phi = constant + 0.5 * phi
     chosen = 0.0
     for block in range(len(need)):
-        low, high, count = starts[block], starts[block + 1], need[block]
-        if low == high:
+        if left[block] == 0:
             continue
-        values = scratch[: high - low]
-        values[:] = g[low:high]
+        size, count = 0, need[block]
+        for k in range(starts[block], starts[block + 1]):
+            if open[k] > 0.0:
+                scratch[size] = g[k]
+                size += 1
+        values = scratch[:size]
         _smallest(values, count)
         largest = -np.inf
         for k in range(count):
             chosen += values[k]
             largest = max(largest, values[k])
         smallest = np.inf
-        for k in range(count, high - low):
+        for k in range(count, size):
             smallest = min(smallest, values[k])
         inside[block] = largest
         outside[block] = smallest
@@ -164,26 +213,30 @@ def linearised(x, g, lin, constant, starts, need, inside, outside, scratch):  # 
 
 
 @numba.njit(cache=True)
-def _move(P, free, x, g, size, k, step):  # type: ignore[no-untyped-def]
+def _move(P, x, g, k, step):  # type: ignore[no-untyped-def]
     """x_k += step, with its effect on the gradient."""
     x[k] += step
-    row = P[free[k]]
-    for t in range(size):
-        g[t] += 2.0 * step * row[free[t]]
+    row = P[k]
+    twice = 2.0 * step
+    for t in range(len(g)):
+        g[t] += twice * row[t]
 
 
 @numba.njit(cache=True)
-def _repair(P, free, x, g, starts, need):  # type: ignore[no-untyped-def]
+def _repair(P, x, g, open, starts, need, left):  # type: ignore[no-untyped-def]
     """Bring each block's sum back to its count, along the cheapest gradients first."""
-    size = starts[-1]
     for block in range(len(need)):
+        if left[block] == 0:
+            continue
         low, high = starts[block], starts[block + 1]
         missing = float(need[block])
         for k in range(low, high):
-            missing -= x[k]
-        while abs(missing) > SNAP and low < high:
+            missing -= open[k] * x[k]
+        while abs(missing) > SNAP:
             best = -1
             for k in range(low, high):
+                if open[k] == 0.0:
+                    continue
                 if missing > 0 and x[k] < 1.0 and (best < 0 or g[k] < g[best]):
                     best = k
                 if missing < 0 and x[k] > 0.0 and (best < 0 or g[k] > g[best]):
@@ -191,97 +244,130 @@ def _repair(P, free, x, g, starts, need):  # type: ignore[no-untyped-def]
             if best < 0:
                 break
             step = min(missing, 1.0 - x[best]) if missing > 0 else max(missing, -x[best])
-            _move(P, free, x, g, size, best, step)
+            _move(P, x, g, best, step)
             missing -= step
 
 
 @numba.njit(cache=True)
-def _fix(P, N, free, x, g, lin, value, starts, need, decision):  # type: ignore[no-untyped-def]
-    """Fix the positions whose ``decision`` is 0 or 1; returns the cost they add (NaN: impossible)."""
-    size = starts[-1]
-    has_n = N.shape[0] > 0
+def slack(kind, x, y, z):  # type: ignore[no-untyped-def]
+    """Slack of a triangle inequality at numbers 0 and 1, ``x`` being the centre."""
+    if kind == 0:
+        return x + y * z - x * y - x * z
+    return 1 - x - y - z + x * y + x * z + y * z
+
+
+@numba.njit(cache=True)
+def _return_slacks(dropped, i, value, g, lin):  # type: ignore[no-untyped-def]
+    """Slacks that fixing ``x_i`` leaves with one free variable become its cost; returns the constant."""
     added = 0.0
-    for k in range(size):
-        if decision[k] < 0:
+    for entry in range(dropped.first[i], dropped.first[i + 1]):
+        t = dropped.members[entry]
+        a, b, c = dropped.corners[t]
+        free = (value[a] < 0) + (value[b] < 0) + (value[c] < 0)
+        if free != 1:
             continue
-        i = free[k]
-        row = P[i]
-        if decision[k] == 1:
-            added += row[i] + lin[k]
-            step = 1.0 - x[k]
-            for t in range(size):
-                j = free[t]
-                lin[t] += 2.0 * row[j]
-                g[t] += 2.0 * step * row[j]
-            if has_n:
-                other = N[i]
-                for t in range(size):
-                    lin[t] += 2.0 * other[free[t]]
-                    g[t] += 2.0 * other[free[t]]
-        elif x[k] != 0.0:
-            for t in range(size):
-                g[t] -= 2.0 * x[k] * row[free[t]]
-        value[i] = decision[k]
-    write = 0
-    for block in range(len(need)):
-        low, high = starts[block], starts[block + 1]
-        starts[block] = write
-        for k in range(low, high):
-            if decision[k] == 1:
-                need[block] -= 1
-            elif decision[k] < 0:
-                free[write] = free[k]
-                x[write] = x[k]
-                g[write] = g[k]
-                lin[write] = lin[k]
-                write += 1
-        if need[block] < 0 or need[block] > write - starts[block]:
-            return np.nan
-    starts[len(need)] = write
-    _repair(P, free, x, g, starts, need)
+        j = a if value[a] < 0 else (b if value[b] < 0 else c)
+        value[j] = 0
+        none = slack(dropped.kinds[t], value[a], value[b], value[c])
+        value[j] = 1
+        change = dropped.weights[t] * (slack(dropped.kinds[t], value[a], value[b], value[c]) - none)
+        value[j] = -1
+        added += dropped.weights[t] * none
+        g[j] += change
+        lin[j] += change
     return added
 
 
 @numba.njit(cache=True)
-def _pair_steps(P, free, x, g, starts, steps, smallest_gain):  # type: ignore[no-untyped-def]
+def _fix(P, dropped, x, g, lin, open, value, starts, need, left, decision):  # type: ignore[no-untyped-def]
+    """Fix the variables whose ``decision`` is 0 or 1; returns the constant they add (NaN: impossible)."""
+    N = dropped.nonnegative
+    has_n = N.shape[0] > 0
+    has_triangles = len(dropped.weights) > 0
+    added = 0.0
+    for block in range(len(need)):
+        for i in range(starts[block], starts[block + 1]):
+            if decision[i] < 0 or value[i] >= 0:
+                continue
+            value[i] = decision[i]
+            open[i] = 0.0
+            left[block] -= 1
+            step = decision[i] - x[i]
+            if step != 0.0:
+                _move(P, x, g, i, step)
+                x[i] = decision[i]
+            if decision[i] == 1:
+                need[block] -= 1
+                if has_n:
+                    row = N[i]
+                    for t in range(len(g)):
+                        cost = 2.0 * open[t] * row[t]
+                        lin[t] += cost
+                        g[t] += cost
+            if has_triangles:
+                added += _return_slacks(dropped, i, value, g, lin)
+        if need[block] < 0 or need[block] > left[block]:
+            return np.nan
+    _repair(P, x, g, open, starts, need, left)
+    return added
+
+
+@numba.njit(cache=True, fastmath=FAST)
+def _best_partner(row, diagonal, x, g, open, gains, i):  # type: ignore[no-untyped-def]
+    """The variable whose exchange with ``i`` lowers φ most, by how much and with which step."""
+    own, room, slope_i = diagonal[i], 1.0 - x[i], g[i]
+    for k in range(len(x)):
+        slope = max(g[k] - slope_i, 0.0)
+        curvature = max(2.0 * (own + diagonal[k] - 2.0 * row[k]), FLAT)
+        length = min(min(room, open[k] * x[k]), slope / curvature)
+        gains[k] = length * (slope - 0.5 * curvature * length)
+    j = 0
+    for k in range(len(x)):
+        if gains[k] > gains[j]:
+            j = k
+    slope = g[j] - slope_i
+    curvature = max(2.0 * (own + diagonal[j] - 2.0 * row[j]), FLAT)
+    return j, gains[j], min(min(room, x[j]), slope / curvature)
+
+
+@numba.njit(cache=True)
+def _pair_steps(P, diagonal, x, g, open, starts, left, gains, steps, smallest_gain):  # type: ignore[no-untyped-def]
     """About ``steps`` pairwise steps, cycling over the blocks; returns whether any moved."""
-    size, blocks = starts[-1], len(starts) - 1
+    active = 0
+    for block in range(len(left)):
+        active += left[block] > 0
     moved_at_all = False
-    for _ in range(max(1, steps // blocks)):
+    for _ in range(max(1, steps // max(1, active))):
         moved = False
-        for block in range(blocks):
+        for block in range(len(left)):
+            if left[block] == 0:
+                continue
+            # slices from 0 on, because an index that could be negative keeps loops out of vector registers
             low, high = starts[block], starts[block + 1]
-            i = -1
-            for k in range(low, high):
-                if x[k] < 1.0 and (i < 0 or g[k] < g[i]):
-                    i = k
+            x_b, g_b, open_b = x[low:high], g[low:high], open[low:high]
+            i, lowest = -1, np.inf
+            for k in range(len(x_b)):
+                if g_b[k] < lowest and x_b[k] < 1.0 and open_b[k] > 0.0:
+                    i, lowest = k, g_b[k]
             if i < 0:
                 continue
-            row = P[free[i]]
-            own, room = row[free[i]], 1.0 - x[i]
-            gain, j, step = smallest_gain, -1, 0.0
-            for k in range(low, high):
-                if x[k] > 0.0 and g[k] > g[i]:
-                    slope = g[k] - g[i]
-                    curvature = 2.0 * (own + P[free[k], free[k]] - 2.0 * row[free[k]])
-                    length = min(room, x[k])
-                    if slope < curvature * length:
-                        length = slope / curvature
-                    decrease = length * (slope - 0.5 * curvature * length)
-                    if decrease > gain:
-                        gain, j, step = decrease, k, length
-            if j < 0:
+            row = P[low + i]
+            j, gain, step = _best_partner(
+                row[low:high], diagonal[low:high], x_b, g_b, open_b, gains[low:high], i
+            )
+            if not gain > smallest_gain:
                 continue
             moved = True
-            x[i] += step
-            x[j] -= step
-            if x[j] < SNAP:
-                x[j] = 0.0
-            if x[i] > 1.0 - SNAP:
-                x[i] = 1.0
-            other = P[free[j]]
-            for t in range(size):
-                g[t] += 2.0 * step * (row[free[t]] - other[free[t]])
+            x_b[i] += step
+            x_b[j] -= step
+            if x_b[j] < SNAP:
+                x_b[j] = 0.0
+            if x_b[i] > 1.0 - SNAP:
+                x_b[i] = 1.0
+            other = P[low + j]
+            twice = 2.0 * step
+            for t in range(len(g)):
+                g[t] += twice * (row[t] - other[t])
         moved_at_all |= moved
         if not moved:
             break
@@ -294,24 +380,26 @@ def minimise(P, lin, constant, starts, counts, x, precision, rounds):  # type: i
 
     Stops when the duality gap is ``precision`` of |φ|, or after ``rounds`` rounds of n / 2 + 4 pair steps.
     """
-    n = len(lin)
+    n, blocks = len(lin), len(counts)
     g = lin.copy()
     for i in range(n):
         if x[i] != 0.0:
             for j in range(n):
                 g[j] += 2.0 * x[i] * P[i, j]
-    free = np.arange(n)
-    inside, outside, scratch = np.empty(len(counts)), np.empty(len(counts)), np.empty(n)
+    diagonal = np.diag(P).copy()
+    left = starts[1:] - starts[:-1]
+    free, gains, scratch = np.ones(n), np.empty(n), np.empty(n)
+    inside, outside = np.empty(blocks), np.empty(blocks)
     best = -np.inf
     kept = x.copy()
     for _ in range(rounds):
-        phi, lower = linearised(x, g, lin, constant, starts, counts, inside, outside, scratch)
+        phi, lower = linearised(x, g, lin, free, constant, starts, counts, left, inside, outside, scratch)
         if lower > best:
             best = lower
             kept[:] = x
         if phi - best <= precision * abs(phi):
             break
-        if not _pair_steps(P, free, x, g, starts, n // 2 + 4, 1e-15 * abs(phi)):
+        if not _pair_steps(P, diagonal, x, g, free, starts, left, gains, n // 2 + 4, 1e-15 * abs(phi)):
             break
     x[:] = kept
     return best
@@ -336,24 +424,28 @@ def _leaf(Q, q, constant, value, levels):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def _forced(starts, need, decision):  # type: ignore[no-untyped-def]
+def _forced(starts, need, left, value, decision):  # type: ignore[no-untyped-def]
     """Mark blocks that have no freedom left; returns whether there is one."""
     any_forced = False
     for block in range(len(need)):
-        low, high = starts[block], starts[block + 1]
-        if low < high and (need[block] == 0 or need[block] == high - low):
+        if left[block] > 0 and (need[block] == 0 or need[block] == left[block]):
             any_forced = True
-            for k in range(low, high):
-                decision[k] = 0 if need[block] == 0 else 1
+            for k in range(starts[block], starts[block + 1]):
+                if value[k] < 0:
+                    decision[k] = 0 if need[block] == 0 else 1
     return any_forced
 
 
 @numba.njit(cache=True)
-def _reduced_costs(x, g, starts, inside, outside, slack, decision):  # type: ignore[no-untyped-def]
+def _reduced_costs(g, value, starts, left, inside, outside, slack, decision):  # type: ignore[no-untyped-def]
     """Mark what a bound with ``slack`` left to the threshold fixes; returns whether there is any."""
     any_fixed = False
     for block in range(len(inside)):
+        if left[block] == 0:
+            continue
         for k in range(starts[block], starts[block + 1]):
+            if value[k] >= 0:
+                continue
             if g[k] <= inside[block]:
                 if outside[block] - g[k] >= slack and outside[block] > inside[block]:
                     decision[k] = 1
@@ -365,31 +457,35 @@ def _reduced_costs(x, g, starts, inside, outside, slack, decision):  # type: ign
 
 
 @numba.njit(cache=True)
-def _look(P, N, Q, q, constant, levels, depth, relative, absolute, work):  # type: ignore[no-untyped-def]
-    """Bound and reduce the node at ``depth``; returns the position to branch on, -1 if it is closed."""
-    free, x, g, lin = levels.free[depth], levels.x[depth], levels.g[depth], levels.lin[depth]
-    value, starts, need = levels.value[depth], levels.starts[depth], levels.need[depth]
+def _look(P, diagonal, dropped, Q, q, constant, levels, depth, relative, absolute, work):  # type: ignore[no-untyped-def]
+    """Bound and reduce the node at ``depth``; returns the variable to branch on, -1 if it is closed."""
+    x, g, lin, open = levels.x[depth], levels.g[depth], levels.lin[depth], levels.open[depth]
+    value, need, left = levels.value[depth], levels.need[depth], levels.left[depth]
+    starts = levels.starts
     n, blocks = len(x), len(need)
     decision = np.empty(n, dtype=np.int8)
-    inside, outside, scratch = np.empty(blocks), np.empty(blocks), np.empty(n)
+    gains, scratch = np.empty(n), np.empty(n)
+    inside, outside = np.empty(blocks), np.empty(blocks)
     rounds, most = 0, ROOT_ROUNDS if depth == 0 else ROUNDS
     stuck = False
     while True:
         decision[:] = -1
-        if _forced(starts, need, decision):
-            levels.constant[depth] += _fix(P, N, free, x, g, lin, value, starts, need, decision)
+        if _forced(starts, need, left, value, decision):
+            levels.constant[depth] += _fix(P, dropped, x, g, lin, open, value, starts, need, left, decision)
             continue
-        size = starts[-1]
+        size = left.sum()
         if size == 0:
             _leaf(Q, q, constant, value, levels)
             return -1
-        phi, lower = linearised(x, g, lin, levels.constant[depth], starts, need, inside, outside, scratch)
+        phi, lower = linearised(
+            x, g, lin, open, levels.constant[depth], starts, need, left, inside, outside, scratch
+        )
         levels.bound[depth] = max(levels.bound[depth], lower)
         threshold = levels.upper[0] - max(relative * abs(levels.upper[0]), absolute)
         if levels.bound[depth] >= threshold:
             return -1
-        if _reduced_costs(x, g, starts, inside, outside, threshold - lower, decision):
-            added = _fix(P, N, free, x, g, lin, value, starts, need, decision)
+        if _reduced_costs(g, value, starts, left, inside, outside, threshold - lower, decision):
+            added = _fix(P, dropped, x, g, lin, open, value, starts, need, left, decision)
             if np.isnan(added):
                 return -1
             levels.constant[depth] += added
@@ -402,41 +498,43 @@ def _look(P, N, Q, q, constant, levels, depth, relative, absolute, work):  # typ
             rounds += 1
             if rounds > most:
                 break
-        work[0] -= size * (size // 2 + 4)
-        stuck = not _pair_steps(P, free, x, g, starts, size // 2 + 4, 1e-14 * abs(threshold))
-    branch, best = 0, -1.0
-    for k in range(starts[-1]):
-        score = (Q[free[k], free[k]] + 1e-9 * abs(threshold)) * x[k] * (1.0 - x[k])
-        if score > best:
-            branch, best = k, score
+        steps = size // STEPS_SHARE + 4
+        work[0] -= n * steps
+        stuck = not _pair_steps(P, diagonal, x, g, open, starts, left, gains, steps, 1e-14 * abs(threshold))
+    branch, best = -1, -1.0
+    for k in range(n):
+        if value[k] < 0:
+            score = (Q[k, k] + 1e-9 * abs(threshold)) * x[k] * (1.0 - x[k])
+            if score > best:
+                branch, best = k, score
     return branch
 
 
 @numba.njit(cache=True)
-def _child(P, N, levels, depth, branch):  # type: ignore[no-untyped-def]
-    """Copy the node at ``depth`` to the next depth and fix the branching position; False if impossible."""
-    size = levels.starts[depth, -1]
-    levels.free[depth + 1, :size] = levels.free[depth, :size]
-    levels.x[depth + 1, :size] = levels.x[depth, :size]
-    levels.g[depth + 1, :size] = levels.g[depth, :size]
-    levels.lin[depth + 1, :size] = levels.lin[depth, :size]
+def _child(P, dropped, levels, depth, branch):  # type: ignore[no-untyped-def]
+    """Copy the node at ``depth`` to the next depth and fix the branching variable; False if impossible."""
+    levels.x[depth + 1] = levels.x[depth]
+    levels.g[depth + 1] = levels.g[depth]
+    levels.lin[depth + 1] = levels.lin[depth]
+    levels.open[depth + 1] = levels.open[depth]
     levels.value[depth + 1] = levels.value[depth]
-    levels.starts[depth + 1] = levels.starts[depth]
     levels.need[depth + 1] = levels.need[depth]
+    levels.left[depth + 1] = levels.left[depth]
     levels.bound[depth + 1] = levels.bound[depth]
     levels.pending[depth + 1] = -1
-    decision = np.full(size, -1, dtype=np.int8)
-    decision[levels.position[depth]] = branch
+    decision = np.full(levels.x.shape[1], -1, dtype=np.int8)
+    decision[levels.branch[depth]] = branch
     added = _fix(
         P,
-        N,
-        levels.free[depth + 1],
+        dropped,
         levels.x[depth + 1],
         levels.g[depth + 1],
         levels.lin[depth + 1],
+        levels.open[depth + 1],
         levels.value[depth + 1],
-        levels.starts[depth + 1],
+        levels.starts,
         levels.need[depth + 1],
+        levels.left[depth + 1],
         decision,
     )
     levels.constant[depth + 1] = levels.constant[depth] + added
@@ -445,13 +543,13 @@ def _child(P, N, levels, depth, branch):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True)
 def search(  # type: ignore[no-untyped-def]
-    P, N, Q, q, constant, levels, relative, absolute, node_limit, work_limit
+    P, dropped, Q, q, constant, levels, relative, absolute, node_limit, work_limit
 ):
     """Search until the tree is done, ``node_limit`` nodes were seen or ``work_limit`` is used up.
 
     Args:
         P: convex part (n, n).
-        N: nonnegative part (n, n), or (0, 0) for none.
+        dropped: what is never negative.
         Q: quadratic term of the original program (n, n).
         q: its linear term (n,).
         constant: its constant.
@@ -466,6 +564,7 @@ def search(  # type: ignore[no-untyped-def]
     """
     work = np.array([work_limit])
     state = levels.state
+    diagonal = np.diag(P).copy()
     while state[PHASE] != DONE and work[0] > 0:
         depth = state[DEPTH]
         if state[PHASE] == LOOK:
@@ -473,14 +572,14 @@ def search(  # type: ignore[no-untyped-def]
                 return False
             state[NODES] += 1
             work[0] -= len(q)
-            branch = _look(P, N, Q, q, constant, levels, depth, relative, absolute, work)
+            branch = _look(P, diagonal, dropped, Q, q, constant, levels, depth, relative, absolute, work)
             if branch < 0:
                 state[PHASE] = BACK
                 continue
-            levels.position[depth] = branch
+            levels.branch[depth] = branch
             first = 1 if levels.x[depth, branch] >= 0.5 else 0
             levels.pending[depth] = 1 - first
-            if _child(P, N, levels, depth, first):
+            if _child(P, dropped, levels, depth, first):
                 state[DEPTH] = depth + 1
             else:
                 state[PHASE] = BACK
@@ -494,7 +593,7 @@ def search(  # type: ignore[no-untyped-def]
             levels.pending[depth] = -1
             state[DEPTH] = depth
             threshold = levels.upper[0] - max(relative * abs(levels.upper[0]), absolute)
-            if levels.bound[depth] < threshold and _child(P, N, levels, depth, second):
+            if levels.bound[depth] < threshold and _child(P, dropped, levels, depth, second):
                 state[DEPTH] = depth + 1
                 state[PHASE] = LOOK
     return state[PHASE] == DONE
