@@ -39,6 +39,8 @@ class RowSweeps(Solver):
         sweeps: how often every row is solved again; fewer when no row changes any more.
         batches: a sweep solves its rows in so many batches (at least one row each).
         seed: of the order of the rows.
+        alone: whether the rows are first solved as if they were not coupled, which a start from a score
+            needs and a start from an earlier solution of the coupled layer does not.
     """
 
     name: ClassVar[str] = "row-sweeps"
@@ -48,6 +50,7 @@ class RowSweeps(Solver):
     sweeps: int = 2
     batches: int = 64
     seed: int = 0
+    alone: bool = True
 
     def __post_init__(self) -> None:
         if self.sweeps < 1 or self.batches < 1:
@@ -80,10 +83,12 @@ class RowSweeps(Solver):
                 f"budget of a whole layer ({problem.pattern})"
             )
         deadline = budget.deadline()
-        alone = self.solver.run(replace(problem, metric=None), init, replace(budget, progress=None))
-        if alone.mask is None:
-            return alone
-        mask = alone.mask.clone()
+        first = Outcome(init, Status.FINISHED)
+        if self.alone or init is None:
+            first = self.solver.run(replace(problem, metric=None), init, replace(budget, progress=None))
+        if first.mask is None:
+            return first
+        mask = first.mask.clone()
         errors = CoupledErrors(problem, problem.weight.double().masked_fill(mask, 0))
         generator = torch.Generator().manual_seed(self.seed)
         changed = torch.zeros(problem.rows, dtype=torch.int64)
@@ -94,14 +99,14 @@ class RowSweeps(Solver):
             order = torch.randperm(problem.rows, generator=generator)
             for rows in torch.tensor_split(order, min(self.batches, problem.rows)):
                 if time.monotonic() > deadline:
-                    return Outcome(mask, Status.TIME_LIMIT, stats={**alone.stats, "changed": changed})
+                    return Outcome(mask, Status.TIME_LIMIT, stats={**first.stats, "changed": changed})
                 changed[self._solve(errors, mask, rows.to(problem.device), deadline)] += 1
                 done += len(rows)
                 budget.report(done * problem.rows // total, problem.rows)
             if torch.equal(before, changed):
                 status = Status.LOCAL_OPTIMUM
                 break
-        return Outcome(mask, status, stats={**alone.stats, "changed": changed})
+        return Outcome(mask, status, stats={**first.stats, "changed": changed})
 
     def _solve(self, errors: CoupledErrors, mask: Tensor, rows: Tensor, deadline: float) -> Tensor:
         """Solve some rows in the layer's present state; returns those whose mask changed, on the CPU."""

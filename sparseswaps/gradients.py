@@ -8,7 +8,8 @@ distribution and not of the data's labels (K-FAC: Martens and Grosse, ICML 2015,
   from the logits;
 - encoders without a head: ``⟨v, z⟩`` with ``z`` the mean-pooled, normalised last hidden state of a window and
   ``v`` standard normal, whose gradient's second moment is the Gauss-Newton matrix of ``½‖z - z'‖²``, the
-  distance that the cosine of embeddings measures.
+  distance that the cosine of embeddings measures. A window has one ``z`` and so one ``v`` at a time: several
+  are drawn (``PROBES``).
 
 Weights carry no gradients, and of each block only its inputs are kept until the backward pass
 recomputes it (activation checkpointing), so the memory beside the moments is one block's.
@@ -26,7 +27,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .activations import forward_replaced
 from .errors import InvalidModelError
-from .models import Block, PrunableLayer, forward_inputs
+from .models import Block, PrunableLayer, forward_inputs, model_kind
+
+# Directions per window for encoders without a head: one is too noisy a sample of their second moment.
+PROBES = 4
 
 Report = Callable[[int, int], None]
 
@@ -49,7 +53,7 @@ def gradient_moments(
         windows: (windows, length) token ids.
         batch_size: windows per forward call.
         seed: of the sampled labels or directions.
-        report: called with (windows done, windows in all).
+        report: called with (batches done, batches in all).
 
     Raises:
         InvalidModelError: if the model's loss has no gradient or it holds NaN or Inf.
@@ -59,13 +63,15 @@ def gradient_moments(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
-        stack.enter_context(_no_weight_gradients(model, blocks))
+        stack.enter_context(no_weight_gradients(model, blocks))
         for block in blocks:
-            stack.enter_context(forward_replaced(block.module, _checkpointed(block.module.forward)))
+            stack.enter_context(forward_replaced(block.module, checkpointed(block.module.forward)))
         for layer in layers:
             hook = layer.module.register_forward_hook(_moment_hook(layer, moments))
             stack.callback(hook.remove)
-        for done, batch in enumerate(torch.split(windows, batch_size), start=1):
+        probes = PROBES if model_kind(model) == "encoder" and not _has_logits(model, windows) else 1
+        batches = list(torch.split(windows, batch_size)) * probes
+        for done, batch in enumerate(batches, start=1):
             with torch.enable_grad():
                 output = model(**forward_inputs(model, batch.to(device)))
                 loss = _sampled_loss(output, generator)
@@ -76,29 +82,50 @@ def gradient_moments(
                     )
                 loss.backward()  # type: ignore[no-untyped-call]
             if report:
-                report(min(done * batch_size, len(windows)), len(windows))
+                report(done, len(batches))
     for name, moment in moments.items():
         if not bool(torch.isfinite(moment).all()):
             raise InvalidModelError(f"gradients at the output of layer {name}: found NaN or Inf")
     return {name: moment.cpu() for name, moment in moments.items() if float(moment.trace()) > 0}
 
 
-def _sampled_loss(output: Any, generator: torch.Generator) -> Tensor:
+def _has_logits(model: nn.Module, windows: Tensor) -> bool:
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        output = model(**forward_inputs(model, windows[:1].to(device)))
+    return logits_of(output) is not None
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """Logits (batch, length, vocabulary) of a model's output, None if it has none."""
     logits = getattr(output, "logits", None)
-    if logits is not None and logits.ndim == 3:
+    return logits if isinstance(logits, Tensor) and logits.ndim == 3 else None
+
+
+def embeddings_of(output: Any) -> Tensor:
+    """Mean-pooled, normalised last hidden states (batch, hidden), float32.
+
+    Raises:
+        InvalidModelError: if the output has no hidden states.
+    """
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None:
+        raise InvalidModelError(
+            f"expected a model that returns logits or last hidden states, found {type(output).__name__}"
+        )
+    return nn.functional.normalize(hidden.float().mean(1), dim=-1)
+
+
+def _sampled_loss(output: Any, generator: torch.Generator) -> Tensor:
+    logits = logits_of(output)
+    if logits is not None:
         flat = logits.float().flatten(0, 1)
         with torch.no_grad():
             # Gumbel's trick with noise from the CPU: the same labels on every device
             noise = torch.rand(flat.shape, generator=generator).clamp_min(1e-20).to(flat.device)
             labels = (flat - (-noise.log()).log()).argmax(-1)
         return nn.functional.cross_entropy(flat, labels, reduction="sum")
-    hidden = getattr(output, "last_hidden_state", None)
-    if hidden is None:
-        raise InvalidModelError(
-            f"output metric: expected a model that returns logits or last hidden states, "
-            f"found {type(output).__name__}; run without the output metric"
-        )
-    pooled = nn.functional.normalize(hidden.float().mean(1), dim=-1)
+    pooled = embeddings_of(output)
     direction = torch.randn(pooled.shape, generator=generator).to(pooled.device)
     return (direction * pooled).sum()
 
@@ -117,12 +144,13 @@ def _moment_hook(layer: PrunableLayer, moments: dict[str, Tensor]) -> Callable[.
     return hook
 
 
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` with only its inputs kept until the backward pass."""
     return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 @contextmanager
-def _no_weight_gradients(model: nn.Module, blocks: Sequence[Block]) -> Iterator[None]:
+def no_weight_gradients(model: nn.Module, blocks: Sequence[Block]) -> Iterator[None]:
     """Only activations carry gradients, from what enters the first block of each stack on."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     first: dict[int, nn.Module] = {}

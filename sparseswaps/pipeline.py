@@ -13,7 +13,7 @@ input, in one-shot mode those of one block.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -86,7 +86,7 @@ def batch_size_for(length: int) -> int:
 def prune_layers(
     model: nn.Module,
     blocks: Sequence[Block],
-    pattern: str,
+    pattern: str | Mapping[str, str],
     calibration: Tensor,
     solver: Solver,
     start: Solver,
@@ -101,7 +101,7 @@ def prune_layers(
     Args:
         model: the dense model; afterwards the pruned one.
         blocks: from ``find_blocks``.
-        pattern: ``0.5``, ``50%``, ``2:4`` or ``layer:0.5``.
+        pattern: ``0.5``, ``50%``, ``2:4`` or ``layer:0.5``, for all layers or for each by name.
         calibration: token windows (windows, length).
         solver: chooses the masks.
         start: warm start of every solver that is not a score; its error is recorded for comparison.
@@ -138,7 +138,9 @@ def prune_layers(
         return job.run(calibration, held_out)
 
 
-def check_options(blocks: Sequence[Block], pattern: str, mode: Mode, objective: Objective) -> None:
+def check_options(
+    blocks: Sequence[Block], pattern: str | Mapping[str, str], mode: Mode, objective: Objective
+) -> None:
     """Refuse options that cannot work before any work is done.
 
     Raises:
@@ -150,7 +152,7 @@ def check_options(blocks: Sequence[Block], pattern: str, mode: Mode, objective: 
         )
     for block in blocks:
         for layer in block.layers:
-            found = _pattern_of(layer, pattern)
+            found = pattern_of_layer(layer, pattern)
             if objective.metric and isinstance(found, LayerBudget):
                 raise InputError(
                     "the output metric couples rows of equal sparsity: expected a pattern of rows or blocks, "
@@ -173,7 +175,7 @@ def layer_problems(
     """
     for block in blocks:
         for layer in block.layers:
-            _pattern_of(layer, pattern)
+            pattern_of_layer(layer, pattern)
     with experts_one_by_one(model):
         skip = can_skip(model, blocks, calibration)
         stream = Stream(model, blocks, calibration, batch_size_for(calibration.shape[1]), skip)
@@ -195,11 +197,14 @@ def layer_problems(
                     gram = sums[group[0].name].gram()
                     for layer in group:
                         yield LayerProblem(
-                            layer.weight.clone(), gram, _pattern_of(layer, pattern), name=layer.name
+                            layer.weight.clone(), gram, pattern_of_layer(layer, pattern), name=layer.name
                         )
 
 
-def _pattern_of(layer: PrunableLayer, pattern: str) -> Pattern:
+def pattern_of_layer(layer: PrunableLayer, pattern: str | Mapping[str, str]) -> Pattern:
+    """The pattern of one layer, from one text for all or from its own by name."""
+    if not isinstance(pattern, str):
+        pattern = pattern[layer.name]
     try:
         return parse_pattern(pattern, layer.weight.shape[1])
     except InputError as error:
@@ -212,7 +217,7 @@ class _Job:
 
     model: nn.Module
     blocks: Sequence[Block]
-    pattern: str
+    pattern: str | Mapping[str, str]
     solver: Solver
     start: Solver
     mode: Mode
@@ -458,7 +463,7 @@ class _Job:
 
     def _problem(self, layer: PrunableLayer, sums: GramAccumulator, moment: Tensor | None) -> LayerProblem:
         weight = layer.weight.clone()
-        pattern = _pattern_of(layer, self.pattern)
+        pattern = pattern_of_layer(layer, self.pattern)
         if sums.tokens == 0:
             identity = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
             return LayerProblem(weight, Gram(identity), pattern, name=layer.name)

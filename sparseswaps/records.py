@@ -10,7 +10,7 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,29 @@ class LayerRecord:
     fallback: str = ""
 
 
+@dataclass(frozen=True)
+class RefinementStep:
+    """One try to refine a group of layers (see ``refinement``).
+
+    Attributes:
+        position: of the group, counted through all passes; number: of the try, from 0.
+        layers: their names; strength: the μ of the quadratic model.
+        swaps: exchanged weights; loss_before, loss_after: mean over tokens.
+        accepted: whether the masks were kept; last: whether the group was left after this.
+    """
+
+    position: int
+    number: int
+    layers: str
+    strength: float
+    swaps: int
+    loss_before: float
+    loss_after: float
+    accepted: bool
+    last: bool
+
+
+_STEP_COLUMNS = [field.name for field in fields(RefinementStep)]
 _LAYER_COLUMNS = [field.name for field in fields(LayerRecord)]
 
 
@@ -96,6 +119,10 @@ class RunDatabase:
                 connection.execute(
                     f"CREATE TABLE IF NOT EXISTS layer "
                     f"({columns}, mask BLOB, weight BLOB, PRIMARY KEY (name))"
+                )
+                steps = ", ".join(f'"{name}"' for name in _STEP_COLUMNS)
+                connection.execute(
+                    f"CREATE TABLE IF NOT EXISTS refinement ({steps}, PRIMARY KEY (position, number))"
                 )
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         except sqlite3.DatabaseError as error:
@@ -156,6 +183,26 @@ class RunDatabase:
         """Weight of a finished layer whose kept weights were changed, or None."""
         row = self._connection.execute("SELECT weight FROM layer WHERE name = ?", (name,)).fetchone()
         return None if row is None else row[0]
+
+    def add_refinement(self, step: RefinementStep, packed_masks: Mapping[str, bytes]) -> None:
+        """Store a try of the refinement and the masks that it changed, in one transaction."""
+        values = list(asdict(step).values())
+        with self._transaction() as connection:
+            places = ", ".join("?" * len(values))
+            connection.execute(f"INSERT OR REPLACE INTO refinement VALUES ({places})", values)
+            connection.executemany(
+                "UPDATE layer SET mask = ? WHERE name = ?",
+                [(packed, name) for name, packed in packed_masks.items()],
+            )
+
+    def refinement(self) -> list[RefinementStep]:
+        """Tries of the refinement in their order."""
+        names = ", ".join(f'"{name}"' for name in _STEP_COLUMNS)
+        rows = self._connection.execute(f"SELECT {names} FROM refinement ORDER BY position, number")
+        return [
+            replace(step, accepted=bool(step.accepted), last=bool(step.last))
+            for step in (RefinementStep(*row) for row in rows)
+        ]
 
     def close(self) -> None:
         """Write everything to the one database file and let go of it; may be called again."""

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .allocation import Allocation, allocate, check_allocation
 from .calibration import Windows, calibration_windows, evaluation_windows
 from .errors import InputError, InvalidFileError, InvalidTextError
 from .evaluation import is_causal, mean_cosine, perplexity, pooled_embeddings
@@ -35,10 +36,11 @@ from .models import (
     resolve_device,
 )
 from .objective import Objective
-from .pipeline import Mode, Progress, Silent, check_options, prune_layers
+from .pipeline import Mode, Progress, Silent, batch_size_for, check_options, prune_layers
 from .problems.pattern import parse_pattern
 from .records import LayerRecord, RunDatabase
-from .solvers import OneSwap, Solver, Wanda
+from .refinement import DenseOutputs, check_refinement, refine_masks
+from .solvers import Group, OneSwap, Solver, Wanda
 
 RECORD_FILE = "record.sqlite"
 DEFAULT_LENGTH = 2048
@@ -51,7 +53,9 @@ class PruneReport:
     """Everything that one run found out, ready to be written as JSON.
 
     Attributes:
-        model, pattern, solver, start, mode, objective: what was asked for.
+        model, pattern, solver, start, mode, objective, allocation: what was asked for.
+        refine: passes of the refinement; loss_start, loss: before and after it (see ``refinement``), None
+            without; refinement_swaps: weights that it exchanged. Layer records are from before it.
         samples, length, seed: calibration windows; calibration_hash: SHA-256 of their tokens.
         evaluation, evaluation_windows: source and number of evaluation windows, each ``length`` long.
         perplexity_dense, perplexity_pruned: of causal models.
@@ -72,6 +76,11 @@ class PruneReport:
     start: str
     mode: str
     objective: str
+    allocation: str
+    refine: int
+    loss_start: float | None
+    loss: float | None
+    refinement_swaps: int
     samples: int
     length: int
     seed: int
@@ -114,6 +123,8 @@ def prune(
     evaluation_limit: int | None = None,
     mode: Mode = Mode.SEQUENTIAL,
     objective: Objective | str | None = None,
+    allocation: Allocation | str = Allocation.UNIFORM,
+    refine: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
     device: str = "auto",
@@ -138,6 +149,9 @@ def prune(
         mode: sequential or one-shot.
         objective: what layers are fitted to (see ``Objective``), or its text such as
             ``drift=0.75,residual=0.5,metric``; the paper's error by default.
+        allocation: how the sparsity is spread over layers: ``uniform``, ``knapsack`` or ``owl``.
+        refine: passes of refinement against the model's output after the layers are pruned (see
+            ``refinement``).
         include: shell patterns of layer names; empty means all.
         exclude: shell patterns of layer names that stay dense.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -178,6 +192,12 @@ def prune(
     _check_vocabulary(loaded, windows, eval_windows)
     blocks = find_blocks(loaded.model, include, exclude)
     check_options(blocks, pattern, mode, objective)
+    allocation = check_allocation(allocation, pattern)
+    check_refinement(blocks, {layer.name: pattern for block in blocks for layer in block.layers}, refine)
+    if refine and solver.group is Group.WEIGHT_UPDATE:
+        raise InputError(
+            f"refinement chooses among the dense weights: expected a solver of masks, found {solver!r}"
+        )
     check_finite(blocks)
     layers = [layer for block in blocks for layer in block.layers]
     dense = _Dense.of(loaded, layers)
@@ -189,6 +209,8 @@ def prune(
         "start": repr(start),
         "mode": str(mode),
         "objective": str(objective),
+        "allocation": str(allocation),
+        "refine": refine,
         "samples": len(windows),
         "length": length,
         "seed": seed,
@@ -208,10 +230,24 @@ def prune(
                 reference = pooled_embeddings(
                     loaded.model, eval_windows.tokens, _stage(progress, "dense embeddings")
                 )
-        masks = prune_layers(
+        patterns: dict[str, str] = record.facts().get("patterns") or allocate(
             loaded.model,
             blocks,
             pattern,
+            windows.tokens,
+            allocation,
+            solver,
+            _stage(progress, "allocation"),
+        )
+        record.set({"patterns": patterns})
+        outputs = None
+        if refine:
+            size = max(1, batch_size_for(length) // 2)
+            outputs = DenseOutputs(loaded.model, windows.tokens, size)
+        masks = prune_layers(
+            loaded.model,
+            blocks,
+            patterns,
             windows.tokens,
             solver,
             start,
@@ -221,6 +257,20 @@ def prune(
             record,
             progress,
         )
+        refinement = None
+        if outputs is not None:
+            masks, refinement = refine_masks(
+                loaded.model,
+                blocks,
+                patterns,
+                windows.tokens,
+                outputs,
+                dense.weights,
+                masks,
+                refine,
+                record=record,
+                progress=progress,
+            )
         if eval_windows is not None:
             if causal:
                 after = perplexity(loaded.model, eval_windows.tokens, _stage(progress, "pruned perplexity"))
@@ -232,7 +282,7 @@ def prune(
         records = {finished.name: finished for finished in record.layers()}
         finished = tuple(records[layer.name] for layer in layers)
         if folder is not None:
-            _save(folder, loaded, layers, masks, pattern, dense, record)
+            _save(folder, loaded, layers, masks, patterns, dense, record)
         report = PruneReport(
             model=loaded.source,
             pattern=pattern,
@@ -240,6 +290,11 @@ def prune(
             start=repr(start),
             mode=str(mode),
             objective=str(objective),
+            allocation=str(allocation),
+            refine=refine,
+            loss_start=None if refinement is None else refinement.loss_start,
+            loss=None if refinement is None else refinement.loss,
+            refinement_swaps=0 if refinement is None else refinement.swaps,
             samples=len(windows),
             length=length,
             seed=seed,
@@ -429,7 +484,7 @@ def _save(
     loaded: LoadedModel,
     layers: Sequence[PrunableLayer],
     masks: Mapping[str, Tensor],
-    pattern: str,
+    patterns: Mapping[str, str],
     dense: _Dense,
     record: RunDatabase,
 ) -> None:
@@ -437,7 +492,7 @@ def _save(
     facts: dict[str, LayerMask] = {}
     for layer in layers:
         weight, mask = dense.weights[layer.name], masks[layer.name]
-        parsed = parse_pattern(pattern, weight.shape[1])
+        parsed = parse_pattern(patterns[layer.name], weight.shape[1])
         updated = None
         if record.updated_weight(layer.name) is not None:
             updated = layer.weight.to("cpu", weight.dtype).masked_fill(~mask, 0)

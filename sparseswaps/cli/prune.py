@@ -84,6 +84,12 @@ def prune(
     shrinkage: Annotated[
         float, typer.Option(help="Move the Gram matrices towards their diagonals, 0 to 1; for little text.")
     ] = 0.0,
+    allocation: Annotated[
+        str, typer.Option(help="Spread the sparsity over layers: uniform, knapsack or owl.")
+    ] = "uniform",
+    refine: Annotated[
+        int, typer.Option(help="Passes of refinement against the model's own output (gradients).")
+    ] = 0,
     include: Annotated[
         list[str] | None, typer.Option(help="Prune only layers that match, e.g. '*mlp*'.")
     ] = None,
@@ -128,6 +134,8 @@ def prune(
                 evaluation_limit=eval_windows,
                 mode=Mode.ONE_SHOT if one_shot else Mode.SEQUENTIAL,
                 objective=Objective(drift, residual_drift, output_metric, shrinkage=shrinkage),
+                allocation=allocation,
+                refine=refine,
                 include=tuple(include or ()),
                 exclude=DEFAULT_EXCLUDE if exclude is None else tuple(exclude),
                 device=device,

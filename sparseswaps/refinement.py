@@ -1,0 +1,372 @@
+"""Refine the masks of a pruned model against the model's own output.
+
+Layer errors are a means: what counts is how far the outputs of the pruned model are from the dense
+model's. With every layer pruned, the loss
+
+    ℓ = Σ_tokens KL(dense ‖ pruned),   or Σ_windows ½‖z - ẑ‖² of an encoder's pooled, normalised embeddings,
+
+changes with the weights ``Ŵ`` of one layer, to second order in their step, by
+
+    ⟨∇, ΔŴ⟩ + ½ μ tr(S ΔŴ G ΔŴᵀ) / tokens,
+
+``∇`` its gradient, ``G`` the Gram matrix of the layer's present inputs and ``S`` the second moment of loss
+gradients at its outputs (the Kronecker-factored Gauss-Newton matrix, see ``gradients``). That is a layer
+problem with an output metric and a drift (``problems.metric``): with the lost weight ``L = W - Ŵ`` and its
+present value ``L₀``,
+
+    h = -L₀ G - (tokens / μ) S⁻¹ ∇
+
+so the swap engine minimises it over masks, from the present one. Layers that share an input are
+refined together, group after group; a step counts only if the loss on the calibration windows has
+fallen, else it is tried again with a larger ``μ``, which stays nearer to the present masks
+(Levenberg-Marquardt: Marquardt, SIAM J. Appl. Math. 11, 1963), and then dropped. The loss never rises.
+
+Beside the model this holds the dense outputs of the calibration windows and ``S`` of every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .activations import Stream, can_skip, forward_replaced, steps_of
+from .errors import InputError, InvalidModelError
+from .gradients import (
+    checkpointed,
+    embeddings_of,
+    gradient_moments,
+    logits_of,
+    no_weight_gradients,
+)
+from .masks import pack_mask
+from .models import Block, PrunableLayer, forward_inputs
+from .pipeline import Progress, Silent, batch_size_for, pattern_of_layer
+from .problems import Drift, GramAccumulator, LayerProblem, output_metric
+from .problems.metric import DAMPING
+from .problems.pattern import LayerBudget
+from .records import RefinementStep, RunDatabase
+from .solvers import OneSwap, RowSweeps, Solver, solve
+
+# The first μ, what a failed step multiplies it by, and how often it is tried.
+FIRST, FACTOR, TRIES = 2.0, 3.0, 3
+# Share of the Gram's mean diagonal that makes the constant of a step's problem finite.
+RIDGE = 1e-6
+
+
+class DenseOutputs:
+    """What the dense model answers on token windows, to compare a pruned one with.
+
+    Logits are kept as the output head's inputs where the head alone makes them, and in full otherwise.
+
+    Args:
+        model: the dense model.
+        windows: (windows, length) token ids.
+        batch_size: windows per forward call.
+    """
+
+    def __init__(self, model: nn.Module, windows: Tensor, batch_size: int) -> None:
+        self._batches = torch.split(windows, batch_size)
+        self._head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+        self._kept: list[Tensor] = []
+        self._from_head = self._head is not None and self._head_makes_logits(model)
+        for batch in self._batches:
+            with torch.no_grad():
+                hidden, output = self._forward(model, batch)
+                logits = logits_of(output)
+                if logits is None:
+                    kept = embeddings_of(output)
+                else:
+                    kept = hidden if self._from_head and hidden is not None else logits.log_softmax(-1)
+                self._kept.append(kept.cpu())
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all windows."""
+        return sum(batch.numel() for batch in self._batches)
+
+    def loss(self, model: nn.Module, batch: int) -> Tensor:
+        """The loss of ``model`` on one batch, summed over its tokens or windows."""
+        device = next(model.parameters()).device
+        output = model(**forward_inputs(model, self._batches[batch].to(device)))
+        logits, kept = logits_of(output), self._kept[batch].to(device)
+        if logits is None:
+            return 0.5 * ((embeddings_of(output) - kept) ** 2).sum()
+        with torch.no_grad():
+            dense = self._head(kept).float().log_softmax(-1) if self._from_head else kept.float()
+        return (dense.exp() * (dense - logits.float().log_softmax(-1))).sum()
+
+    def total(self, model: nn.Module) -> float:
+        """The loss of ``model`` on all windows."""
+        with torch.no_grad():
+            return sum(float(self.loss(model, batch)) for batch in range(len(self)))
+
+    def _forward(self, model: nn.Module, batch: Tensor) -> tuple[Tensor | None, Any]:
+        seen: list[Tensor] = []
+        hooks = []
+        if self._head is not None:
+            hooks.append(self._head.register_forward_pre_hook(lambda _m, args: seen.append(args[0])))
+        try:
+            device = next(model.parameters()).device
+            output = model(**forward_inputs(model, batch.to(device)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return (seen[0] if len(seen) == 1 else None), output
+
+    def _head_makes_logits(self, model: nn.Module) -> bool:
+        with torch.no_grad():
+            hidden, output = self._forward(model, self._batches[0][:1])
+            logits = logits_of(output)
+            return hidden is not None and logits is not None and torch.equal(self._head(hidden), logits)
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What a refinement did.
+
+    Attributes:
+        loss_start, loss: mean over tokens (windows of an encoder) before and after.
+        swaps: how many weights were exchanged in all.
+        steps: one record per try of a step.
+    """
+
+    loss_start: float
+    loss: float
+    swaps: int
+    steps: tuple[RefinementStep, ...]
+
+
+def check_refinement(blocks: Sequence[Block], patterns: Mapping[str, str], passes: int) -> None:
+    """Refuse what cannot be refined before any work is done.
+
+    Raises:
+        InputError: for a negative number of passes or budgets of a whole layer.
+    """
+    if passes < 0:
+        raise InputError(f"refinement: expected at least 0 passes, found {passes}")
+    for layer in (layer for block in blocks for layer in block.layers) if passes else ():
+        if isinstance(pattern_of_layer(layer, patterns), LayerBudget):
+            raise InputError(
+                "refinement sees coupled rows of equal sparsity: expected a pattern of rows or blocks, found "
+                f"{patterns[layer.name]}"
+            )
+
+
+def refine_masks(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    patterns: Mapping[str, str],
+    calibration: Tensor,
+    dense_outputs: DenseOutputs,
+    dense_weights: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    passes: int = 1,
+    solver: Solver | None = None,
+    record: RunDatabase | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Tensor], Refinement]:
+    """Exchange kept and pruned weights wherever that brings the model's output nearer to the dense one's.
+
+    Experts inside fused parameters and layers without gradients keep their masks.
+
+    Args:
+        model: the pruned model; afterwards the refined one.
+        blocks: from ``find_blocks``.
+        patterns: the pattern of each layer by name.
+        calibration: token windows (windows, length).
+        dense_outputs: of the dense model on these windows.
+        dense_weights: ``W`` (rows, cols) of each layer before pruning, by name.
+        masks: (rows, cols), bool, by name.
+        passes: how often all layers are refined.
+        solver: of single rows, ``OneSwap()`` by default.
+        record: finished steps are written here, and not repeated if they are there already.
+        progress: told about every step.
+
+    Returns:
+        Masks by name, and what was done.
+    """
+    check_refinement(blocks, patterns, passes)
+    job = _Refiner(
+        model,
+        blocks,
+        patterns,
+        calibration,
+        dense_outputs,
+        dense_weights,
+        dict(masks),
+        RowSweeps(solver or OneSwap(), alone=False),
+        record or RunDatabase(None),
+        progress or Silent(),
+    )
+    return job.run(passes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Refiner:
+    """One run of ``refine_masks``."""
+
+    model: nn.Module
+    blocks: Sequence[Block]
+    patterns: Mapping[str, str]
+    calibration: Tensor
+    dense: DenseOutputs
+    dense_weights: Mapping[str, Tensor]
+    masks: dict[str, Tensor]
+    solver: RowSweeps
+    record: RunDatabase
+    progress: Progress
+
+    def run(self, passes: int) -> tuple[dict[str, Tensor], Refinement]:
+        groups = self._groups()
+        finished = {step.position for step in self.record.refinement() if step.last}
+        loss = self.dense.total(self.model)
+        for number in range(passes):
+            positions = range(number * len(groups), (number + 1) * len(groups))
+            if finished.issuperset(positions):
+                continue
+            moments = gradient_moments(
+                self.model,
+                self.blocks,
+                self.calibration,
+                max(1, batch_size_for(self.calibration.shape[1]) // 2),
+                seed=number,
+            )
+            for position, group in zip(positions, groups, strict=True):
+                self.progress.stage("refinement", position, passes * len(groups))
+                layers = [layer for layer in group if layer.name in moments]
+                if position not in finished:
+                    loss = self._step(position, layers, moments, loss)
+        self.progress.stage("refinement", passes * len(groups), passes * len(groups))
+        steps = tuple(self.record.refinement())
+        count = self.dense.tokens
+        swaps = sum(step.swaps for step in steps if step.accepted)
+        start = steps[0].loss_before if steps else loss / count
+        return self.masks, Refinement(start, loss / count, swaps, steps)
+
+    def _groups(self) -> list[list[PrunableLayer]]:
+        """Layers that share an input, in the order of a forward pass."""
+        window = self.calibration[:1]
+        stream = Stream(self.model, self.blocks, window, 1, can_skip(self.model, self.blocks, window))
+        groups: list[list[PrunableLayer]] = []
+        for block in self.blocks:
+            if block.layers:
+                steps = steps_of(stream)
+                groups += [list(group) for step in steps for group in step.inputs if group[0].expert is None]
+            stream.advance(0)
+            stream.finish_block()
+        return groups
+
+    def _step(
+        self, position: int, layers: Sequence[PrunableLayer], moments: Mapping[str, Tensor], loss: float
+    ) -> float:
+        """Refine the layers of one group; returns the loss afterwards."""
+        count = self.dense.tokens
+        names = ", ".join(layer.name for layer in layers)
+        before = {layer.name: self.masks[layer.name] for layer in layers}
+        gradients, sums = self._gradients(layers) if layers else ({}, {})
+        strength = FIRST
+        for number in range(TRIES):
+            swaps = 0
+            for layer in layers:
+                mask = before[layer.name]
+                problem = self._problem(
+                    layer, mask, sums[layer.name], gradients[layer.name], moments[layer.name], strength
+                )
+                found = solve(problem, self.solver, init=mask).mask
+                swaps += int((found != mask.to(found.device)).sum()) // 2
+                self._apply(layer, found)
+            after = self.dense.total(self.model) if swaps else loss
+            accepted = after < loss
+            last = accepted or swaps == 0 or number == TRIES - 1
+            if not accepted:
+                for layer in layers:
+                    self._apply(layer, before[layer.name])
+            step = RefinementStep(
+                position, number, names, strength, swaps, loss / count, after / count, accepted, last
+            )
+            changed = {layer.name: pack_mask(self.masks[layer.name]).numpy().tobytes() for layer in layers}
+            self.record.add_refinement(step, changed if accepted else {})
+            if last:
+                return after if accepted else loss
+            strength *= FACTOR
+        return loss
+
+    def _apply(self, layer: PrunableLayer, mask: Tensor) -> None:
+        dense = self.dense_weights[layer.name].to(layer.weight.device)
+        layer.write(dense.masked_fill(~mask.to(dense.device), 0))
+        self.masks[layer.name] = mask.cpu()
+
+    def _gradients(
+        self, layers: Sequence[PrunableLayer]
+    ) -> tuple[dict[str, Tensor], dict[str, GramAccumulator]]:
+        """``∇`` (rows, cols), float64, and the sums of the inputs of each layer, by name."""
+        leader = layers[0]
+        sums = GramAccumulator(leader.weight.shape[1], leader.weight.device)
+        recording = False
+
+        def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if recording:  # not in the recomputation of the backward pass
+                sums.update(args[0] if args else next(iter(kwargs.values())))
+
+        parameters = {layer.name: getattr(layer.module, layer.parameter) for layer in layers}
+        with ExitStack() as stack:
+            stack.enter_context(no_weight_gradients(self.model, self.blocks))
+            for block in self.blocks:
+                stack.enter_context(forward_replaced(block.module, checkpointed(block.module.forward)))
+            hook = leader.module.register_forward_pre_hook(observe, with_kwargs=True)
+            stack.callback(hook.remove)
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+            found = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+            for batch in range(len(self.dense)):
+                recording = True
+                with torch.enable_grad():
+                    loss = self.dense.loss(self.model, batch)
+                recording = False
+                for name, gradient in zip(
+                    found, torch.autograd.grad(loss, list(parameters.values())), strict=True
+                ):
+                    found[name] += gradient
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+        gradients = {}
+        for layer in layers:
+            gradient = found[layer.name].T if layer.transposed else found[layer.name]
+            if not bool(torch.isfinite(gradient).all()):
+                raise InvalidModelError(f"gradient of layer {layer.name}: found NaN or Inf")
+            gradients[layer.name] = gradient.double()
+        return gradients, {layer.name: sums for layer in layers}
+
+    def _problem(
+        self,
+        layer: PrunableLayer,
+        mask: Tensor,
+        sums: GramAccumulator,
+        gradient: Tensor,
+        moment: Tensor,
+        strength: float,
+    ) -> LayerProblem:
+        """The quadratic model of the loss in this layer's mask."""
+        weight = self.dense_weights[layer.name].to(layer.weight.device, layer.weight.dtype)
+        gram = sums.gram()
+        metric = output_metric(moment.to(weight.device), DAMPING)
+        # S, damped, is this size times the metric
+        size = float(moment.diagonal().double().mean()) * (1 + DAMPING)
+        lost = weight.double().masked_fill(mask.to(weight.device), 0)
+        pull = torch.linalg.solve(metric, gradient) * (sums.tokens / (strength * size))
+        linear = (-(lost @ gram.matrix) - pull).masked_fill(gram.dead, 0)
+        # the smallest constant with which the error is never negative: h G⁻¹ hᵀ
+        ridge = gram.matrix.clone()
+        ridge.diagonal().add_(RIDGE * float(ridge.diagonal().mean()) + 1e-300)
+        covariance = linear @ torch.linalg.solve(ridge, linear.T)
+        covariance = (covariance + covariance.T) / 2
+        drift = Drift(linear, covariance.diagonal().clamp_min(0).clone(), covariance)
+        return LayerProblem(weight, gram, pattern_of_layer(layer, self.patterns), drift, metric, layer.name)
