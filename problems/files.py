@@ -1,8 +1,8 @@
 """Instance files: a layer problem as one safetensors file.
 
-Tensors ``weight`` (rows, cols), ``gram`` (cols, cols) and, with drift, ``drift_linear``
-(rows, cols), ``drift_constant`` (rows,) and perhaps ``drift_covariance`` (rows, rows), with an output
-metric ``metric`` (rows, rows); the metadata holds pattern, name and provenance.
+Tensors ``weight`` (rows, cols), ``gram`` (cols, cols), where known the channels' means ``mean`` (cols,) and,
+with drift, ``drift_linear`` (rows, cols), ``drift_constant`` (rows,) and perhaps ``drift_covariance``
+(rows, rows), with an output metric ``metric`` (rows, rows); the metadata holds pattern, name and provenance.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def save_instance(
     """
     target = Path(path)
     tensors = {"weight": problem.weight.cpu().contiguous(), "gram": problem.gram.matrix.cpu().contiguous()}
+    if problem.gram.mean is not None:
+        tensors["mean"] = problem.gram.mean.cpu().contiguous()
     if problem.drift is not None:
         tensors["drift_linear"] = problem.drift.linear.cpu().contiguous()
         tensors["drift_constant"] = problem.drift.constant.cpu().contiguous()
@@ -99,7 +101,7 @@ def load_instance_with_provenance(path: str | os.PathLike[str]) -> tuple[LayerPr
     pattern = json.loads(metadata["pattern"])
     problem = LayerProblem(
         tensors["weight"],
-        Gram(tensors["gram"], int(metadata["tokens"])),
+        Gram(tensors["gram"], int(metadata["tokens"]), tensors.get("mean")),
         pattern_of(**pattern),
         drift,
         tensors.get("metric"),

@@ -33,13 +33,16 @@ class Gram:
     Args:
         matrix: ``G``, symmetric positive semidefinite, (cols, cols); kept in float64.
         tokens: how many tokens were summed, or 0 if unknown.
+        mean: mean of each input channel over those tokens (cols,), or None if unknown; kept in float64.
 
     Raises:
-        InvalidProblemError: if ``matrix`` is not square, finite, symmetric or is indefinite.
+        InvalidProblemError: if ``matrix`` is not square, finite, symmetric or is indefinite, or if ``mean``
+            does not go with it.
     """
 
     matrix: Tensor
     tokens: int = 0
+    mean: Tensor | None = None
 
     def __post_init__(self) -> None:
         matrix = self.matrix
@@ -56,6 +59,8 @@ class Gram:
                 f"the Gram matrix is finite: expected no NaN or Inf, found {bad} such entries"
             )
         object.__setattr__(self, "matrix", _checked_semidefinite(matrix))
+        if self.mean is not None:
+            object.__setattr__(self, "mean", _checked_mean(self.mean, self.matrix, self.tokens))
 
     @property
     def cols(self) -> int:
@@ -105,22 +110,41 @@ class Gram:
         matrix = (1 - share) * self.matrix
         matrix.diagonal().copy_(self.matrix.diagonal())
         # a convex combination of semidefinite matrices: nothing left to check
-        return _trusted_gram(matrix, self.tokens)
+        return _trusted_gram(matrix, self.tokens, self.mean)
 
     def to(self, device: torch.device | str) -> Gram:
         """The same matrix on another device, without checking it again."""
         device = torch.device(device)
         if device == self.matrix.device:
             return self
-        return _trusted_gram(self.matrix.to(device), self.tokens)
+        return _trusted_gram(
+            self.matrix.to(device), self.tokens, None if self.mean is None else self.mean.to(device)
+        )
 
 
-def _trusted_gram(matrix: Tensor, tokens: int) -> Gram:
-    """A Gram from a float64 matrix that is known to be valid."""
+def _trusted_gram(matrix: Tensor, tokens: int, mean: Tensor | None) -> Gram:
+    """A Gram from a float64 matrix and means that are known to be valid."""
     gram = object.__new__(Gram)
     object.__setattr__(gram, "matrix", matrix)
     object.__setattr__(gram, "tokens", tokens)
+    object.__setattr__(gram, "mean", mean)
     return gram
+
+
+def _checked_mean(mean: Tensor, matrix: Tensor, tokens: int) -> Tensor:
+    """``mean`` in float64 beside ``matrix``, or ``InvalidProblemError``."""
+    if mean.shape != matrix.shape[:1] or not bool(torch.isfinite(mean).all()):
+        raise InvalidProblemError(
+            f"means of input channels are finite and (cols,): expected ({len(matrix)},), found "
+            f"{tuple(mean.shape)} with {int((~torch.isfinite(mean)).sum())} NaN or Inf"
+        )
+    mean = mean.detach().to(matrix)
+    if tokens < 1 or bool((tokens * mean**2 > matrix.diagonal() * (1 + SYMMETRY_TOLERANCE)).any()):
+        raise InvalidProblemError(
+            f"means of input channels go with the Gram matrix of as many tokens: expected n μ_j² ≤ G_jj, "
+            f"found a larger mean for n = {tokens}"
+        )
+    return mean
 
 
 def _checked_semidefinite(matrix: Tensor) -> Tensor:
@@ -178,6 +202,7 @@ class GramAccumulator:
     ) -> None:
         self.tokens = 0
         self._sums = torch.zeros((3 if drift else 1, cols, cols), dtype=torch.float64, device=device)
+        self._totals = torch.zeros(cols, dtype=torch.float64, device=device)  # Σ x̂ over tokens
         # X̂ sᵀ above (X - X̂) sᵀ above s sᵀ
         self._residual = torch.zeros(
             (2 * cols + residual if residual else 0, residual), dtype=torch.float64, device=device
@@ -227,6 +252,7 @@ class GramAccumulator:
         for start in range(0, len(rows), CHUNK_TOKENS):
             chunk, chunk_scale = _unit_range(rows[start : start + CHUNK_TOKENS])
             self._sums[0] += _product(chunk, chunk_scale, chunk, chunk_scale)
+            self._totals += chunk.sum(0, dtype=torch.float64) * chunk_scale
             if dense is None:
                 continue
             piece = slice(start, start + CHUNK_TOKENS)
@@ -250,12 +276,18 @@ class GramAccumulator:
                 f"found {tuple(other._sums.shape)}"
             )
         self._sums += other._sums.to(self._sums.device)
+        self._totals += other._totals.to(self._totals.device)
         self._residual += other._residual.to(self._residual.device)
         self.tokens += other.tokens
 
     def state_dict(self) -> dict[str, Tensor]:
         """Sums and token count as tensors, to be sent to another process."""
-        return {"sums": self._sums, "residual": self._residual, "tokens": torch.tensor(self.tokens)}
+        return {
+            "sums": self._sums,
+            "totals": self._totals,
+            "residual": self._residual,
+            "tokens": torch.tensor(self.tokens),
+        }
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> GramAccumulator:
@@ -263,16 +295,17 @@ class GramAccumulator:
         sums = state["sums"]
         accumulator = cls(sums.shape[-1], sums.device, len(sums) == 3, state["residual"].shape[-1])
         accumulator._sums = sums.clone()
+        accumulator._totals = state["totals"].clone()
         accumulator._residual = state["residual"].clone()
         accumulator.tokens = int(state["tokens"])
         return accumulator
 
     def gram(self) -> Gram:
-        """The Gram matrix ``X̂ X̂ᵀ`` of everything added so far."""
+        """The Gram matrix ``X̂ X̂ᵀ`` of everything added so far, with the means of the channels."""
         self._require_tokens()
         matrix = self._sums[0]
         # positive semidefinite by construction: nothing left to check
-        return _trusted_gram((matrix + matrix.T) / 2, self.tokens)
+        return _trusted_gram((matrix + matrix.T) / 2, self.tokens, self._totals / self.tokens)
 
     def cross(self) -> Tensor:
         """``X̂ (X - X̂)ᵀ`` (cols, cols), float64."""

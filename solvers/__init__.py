@@ -7,6 +7,7 @@ from .bounds import CorrEigenvalue, Dnn, LayerBound, Naive, Qcr, Sdp, SharedSpli
 from .branch_and_bound import BranchAndBound
 from .certificate import Certificate, certify
 from .compose import BestOf, Sequence
+from .dsnot import DSnoT
 from .enumeration import Enumeration
 from .greedy import Greedy
 from .gurobi import Gurobi
@@ -32,6 +33,7 @@ __all__ = [
     "Budget",
     "Certificate",
     "CorrEigenvalue",
+    "DSnoT",
     "Dnn",
     "Enumeration",
     "Greedy",

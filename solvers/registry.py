@@ -14,6 +14,7 @@ from .base import Solver
 from .bounds import CorrEigenvalue, Dnn, Naive, Qcr, Sdp, SharedSplit
 from .branch_and_bound import BranchAndBound
 from .compose import Sequence
+from .dsnot import DSnoT
 from .enumeration import Enumeration
 from .greedy import Greedy
 from .gurobi import Gurobi
@@ -33,6 +34,7 @@ SOLVERS: dict[str, type[Solver]] = {
         Magnitude,
         Wanda,
         RIA,
+        DSnoT,
         OneSwap,
         AdditiveSwap,
         Greedy,

@@ -18,6 +18,8 @@ SOLVERS: list[ss.Solver] = [
     ss.OneSwap(search="best"),
     ss.AdditiveSwap(),
     ss.AdditiveSwap(accept="error", max_swaps=3),
+    ss.DSnoT(),
+    ss.DSnoT(threshold=0.0, same_sign=False),
     ss.Greedy(),
     ss.Tabu(effort=0.2),
     ss.Sequence(ss.Greedy(), ss.Tabu(effort=0.2)),

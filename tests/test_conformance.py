@@ -81,7 +81,10 @@ def test_same_result_twice(solver: ss.Solver) -> None:
 
 
 @pytest.mark.parametrize(
-    "solver", [s for s in conformance.SOLVERS if s.group is ss.Group.LOCAL_SEARCH], ids=repr
+    "solver",
+    # DSnoT follows the mean error of an output, not the layer error, which may rise
+    [s for s in conformance.SOLVERS if s.group is ss.Group.LOCAL_SEARCH and not isinstance(s, ss.DSnoT)],
+    ids=repr,
 )
 def test_local_search_is_never_worse_than_its_start(solver: ss.Solver) -> None:
     for family, pattern, drift in CASES:

@@ -91,6 +91,28 @@ def test_gram_of_any_dtype_is_exact_and_never_overflows(dtype: torch.dtype) -> N
     assert accumulator.tokens == 3000
 
 
+def test_means_of_channels_go_with_the_gram() -> None:
+    inputs = torch.randn((1300, 4), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    inputs = inputs * torch.tensor([1e20, 1.0, 1e-20, 0.0]) + torch.tensor([3e20, -2.0, 0.0, 0.0])
+    accumulator = ss.GramAccumulator(4)
+    for batch in inputs.split(500):
+        accumulator.update(batch)
+    gram = accumulator.gram()
+    # inputs are rounded to float32 chunk by chunk
+    allowed = 2**-23 * inputs.abs().mean(0)
+    assert bool(((gram.mean - inputs.mean(0)).abs() <= allowed).all())
+    assert gram.shrunk(0.5).mean is gram.mean
+    assert ss.Gram(gram.matrix).mean is None
+    for tokens, mean, message in [
+        (1300, gram.mean[:3], r"expected \(4,\), found \(3,\)"),
+        (1300, gram.mean * torch.nan, "with 4 NaN or Inf"),
+        (1300, gram.mean * 2, "found a larger mean for n = 1300"),
+        (0, gram.mean, "found a larger mean for n = 0"),
+    ]:
+        with pytest.raises(ss.InvalidProblemError, match=message):
+            ss.Gram(gram.matrix, tokens, mean)
+
+
 @given(cut=st.integers(1, 199), seed=st.integers(0, 50))
 def test_accumulators_merge(cut: int, seed: int) -> None:
     inputs = torch.randn((200, 4), generator=torch.Generator().manual_seed(seed))
@@ -103,6 +125,7 @@ def test_accumulators_merge(cut: int, seed: int) -> None:
     assert left.tokens == 200
     for a, b in [
         (left.gram().matrix, whole.gram().matrix),
+        (left.gram().mean, whole.gram().mean),
         (left.cross(), whole.cross()),
         (left.lost(), whole.lost()),
     ]:
@@ -209,6 +232,7 @@ def test_instance_files_round_trip(drift: bool, tmp_path: Path) -> None:
     loaded, provenance = load_instance_with_provenance(path)
     assert provenance == {"model": "m", "seed": 3}
     assert (loaded.name, loaded.pattern, loaded.gram.tokens) == (problem.name, problem.pattern, 40)
+    assert torch.equal(loaded.gram.mean, problem.gram.mean)
     mask = ss.solve(problem, ss.Wanda()).mask
     assert torch.equal(loaded.row_objectives(mask), problem.row_objectives(mask))
     assert [p.name for p in path.parent.iterdir()] == ["instance.safetensors"]
