@@ -240,19 +240,28 @@ def steps_of(stream: Stream) -> list[Step]:
 
 
 def residual_writers(stream: Stream) -> list[PrunableLayer]:
-    """The current block's layers whose output is added, as it is, to another tensor of the same shape.
+    """The current block's layers whose output, as wide as the block's input, is added to something as it is.
 
     These write into the residual stream (attention output, second layer of an MLP); what their output is
     added to is the stream. Layers whose output is normed first, or goes through a router, are none.
     """
     layers = [layer for layer in stream.current.layers if layer.expert is None]
     found: list[PrunableLayer] = []
+    widths: list[int] = []
+
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        widths.append((args[0] if args else next(iter(kwargs.values()))).shape[-1])
 
     def note(layer: PrunableLayer, _stream: Tensor) -> None:
         found.append(layer)
 
-    stream.observe(0, (), lambda *_: None, writers=layers, stream_observer=note)
-    return [layer for layer in layers if layer in found]
+    handle = stream.current.module.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        stream.observe(0, (), lambda *_: None, writers=layers, stream_observer=note)
+    finally:
+        handle.remove()
+    # an activation function may add a layer's output to a power of itself; it is wider than the stream
+    return [layer for layer in layers if layer in found and layer.weight.shape[0] == widths[0]]
 
 
 class _AdditionObserver(TorchFunctionMode):

@@ -102,7 +102,7 @@ def allocate(
     else:
         chosen = knapsack(shapes, _in_one_unit(curves, relative), levels, sparsity)
     # layers that no calibration token reaches keep the mean
-    return {name: f"{chosen.get(name, sparsity):.6g}" for name in shapes}
+    return {name: repr(chosen.get(name, sparsity)) for name in shapes}
 
 
 def check_allocation(rule: Allocation | str, pattern: str) -> Allocation:
@@ -208,12 +208,26 @@ def owl_sparsities(
     span = ratio.max() - ratio.min()
     less = (ratio - ratio.min()) / span * 2 * OUTLIER_REACH if span > 0 else np.zeros_like(ratio)
     sizes = np.array([sum(math.prod(shapes[name]) for name in names) for names in members.values()])
-    sparsity = mean - (less - np.average(less, weights=sizes))
-    return {
-        name: float(np.clip(value, LEAST, 1 - LEAST))
-        for names, value in zip(members.values(), sparsity, strict=True)
-        for name in names
-    }
+    wanted = mean - (less - np.average(less, weights=sizes))
+    least = sum(shapes[name][0] * int(shapes[name][1] * mean) for name in shares)
+
+    def moved(by: float) -> dict[str, float]:
+        return {
+            name: float(np.clip(value + by, LEAST, 1 - LEAST))
+            for names, value in zip(members.values(), wanted, strict=True)
+            for name in names
+        }
+
+    def prunes_enough(by: float) -> bool:
+        chosen = moved(by)
+        return sum(shapes[name][0] * int(shapes[name][1] * chosen[name]) for name in shares) >= least
+
+    # rows prune whole weights, rounded down: the smallest common step that makes up for it
+    low, high = 0.0, 0.0 if prunes_enough(0.0) else 1.0
+    for _ in range(40 if high else 0):
+        middle = (low + high) / 2
+        low, high = (low, middle) if prunes_enough(middle) else (middle, high)
+    return moved(high)
 
 
 def outlier_share(problem: LayerProblem) -> float:

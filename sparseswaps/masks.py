@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -89,12 +89,19 @@ class Verification:
 
 def pack_mask(mask: Tensor) -> Tensor:
     """Bits of ``mask`` (rows, cols) as bytes (rows, ⌈cols/8⌉)."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=1))
+    # scores of transposed weights give masks in their order
+    return torch.from_numpy(np.packbits(np.ascontiguousarray(mask.cpu().numpy()), axis=1))
 
 
 def unpack_mask(packed: Tensor, cols: int) -> Tensor:
     """The mask (rows, cols), bool, from its packed bits."""
     return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=cols).astype(bool))
+
+
+def unpack_bytes(packed: bytes, shape: Sequence[int]) -> Tensor:
+    """The mask (rows, cols), bool, from its packed bits as a record stores them."""
+    rows, cols = shape
+    return unpack_mask(torch.frombuffer(bytearray(packed), dtype=torch.uint8).view(rows, -1), cols)
 
 
 def layer_mask(

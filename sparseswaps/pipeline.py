@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .activations import Step, Stream, can_skip, experts_one_by_one, residual_writers, steps_of
 from .errors import InputError, InvalidModelError, InvalidProblemError
 from .gradients import gradient_moments
-from .masks import pack_mask, unpack_mask
+from .masks import pack_mask, unpack_bytes
 from .models import Block, PrunableLayer
 from .objective import Objective
 from .problems import Drift, Gram, GramAccumulator, LayerProblem, output_metric
@@ -317,9 +317,7 @@ class _Job:
         packed = self.record.packed_mask(layer.name)
         if packed is None:
             return None
-        rows, cols = layer.weight.shape
-        packed_rows = torch.frombuffer(bytearray(packed), dtype=torch.uint8).view(rows, -1)
-        mask = unpack_mask(packed_rows, cols)
+        mask = unpack_bytes(packed, layer.weight.shape)
         for finished in self.record.layers():
             if finished.name == layer.name:
                 self._report(finished)

@@ -124,6 +124,9 @@ class RunDatabase:
                 connection.execute(
                     f"CREATE TABLE IF NOT EXISTS refinement ({steps}, PRIMARY KEY (position, number))"
                 )
+                connection.execute(
+                    "CREATE TABLE IF NOT EXISTS pass (number, name, mask BLOB, PRIMARY KEY (number, name))"
+                )
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         except sqlite3.DatabaseError as error:
             self._connection.close()
@@ -194,6 +197,13 @@ class RunDatabase:
                 "UPDATE layer SET mask = ? WHERE name = ?",
                 [(packed, name) for name, packed in packed_masks.items()],
             )
+
+    def start_pass(self, number: int) -> dict[str, bytes]:
+        """Masks at the start of a pass of the refinement, by layer: those of now where it has not begun."""
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM pass WHERE number != ?", (number,))
+            connection.execute("INSERT OR IGNORE INTO pass SELECT ?, name, mask FROM layer", (number,))
+            return dict(connection.execute("SELECT name, mask FROM pass"))
 
     def refinement(self) -> list[RefinementStep]:
         """Tries of the refinement in their order."""

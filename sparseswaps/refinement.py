@@ -43,7 +43,7 @@ from .gradients import (
     logits_of,
     no_weight_gradients,
 )
-from .masks import pack_mask
+from .masks import pack_mask, unpack_bytes
 from .models import Block, PrunableLayer, forward_inputs
 from .pipeline import Progress, Silent, batch_size_for, pattern_of_layer
 from .problems import Drift, GramAccumulator, LayerProblem, output_metric
@@ -232,13 +232,7 @@ class _Refiner:
             positions = range(number * len(groups), (number + 1) * len(groups))
             if finished.issuperset(positions):
                 continue
-            moments = gradient_moments(
-                self.model,
-                self.blocks,
-                self.calibration,
-                max(1, batch_size_for(self.calibration.shape[1]) // 2),
-                seed=number,
-            )
+            moments = self._moments(number)
             for position, group in zip(positions, groups, strict=True):
                 self.progress.stage("refinement", position, passes * len(groups))
                 layers = [layer for layer in group if layer.name in moments]
@@ -250,6 +244,20 @@ class _Refiner:
         swaps = sum(step.swaps for step in steps if step.accepted)
         start = steps[0].loss_before if steps else loss / count
         return self.masks, Refinement(start, loss / count, swaps, steps)
+
+    def _moments(self, number: int) -> dict[str, Tensor]:
+        """``Σ g gᵀ`` of every layer by name, of the model as it is when the pass begins."""
+        layers = [layer for block in self.blocks for layer in block.layers]
+        packed = self.record.start_pass(number)
+        now = dict(self.masks)
+        for layer in layers:
+            if layer.name in packed:  # a run that was interrupted goes on with the same moments
+                self._apply(layer, unpack_bytes(packed[layer.name], layer.weight.shape))
+        size = max(1, batch_size_for(self.calibration.shape[1]) // 2)
+        moments = gradient_moments(self.model, self.blocks, self.calibration, size, seed=number)
+        for layer in layers:
+            self._apply(layer, now[layer.name])
+        return moments
 
     def _groups(self) -> list[list[PrunableLayer]]:
         """Layers that share an input, in the order of a forward pass."""
