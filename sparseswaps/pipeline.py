@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Protocol
+from typing import ClassVar, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from .objective import Objective
 from .problems import Drift, Gram, GramAccumulator, LayerProblem, output_metric
 from .problems.pattern import LayerBudget, Pattern, parse_pattern
 from .records import LayerRecord, RunDatabase
-from .solvers import Budget, Group, RowSweeps, Solution, Solver, solve
+from .solvers import Budget, Group, Outcome, RowSweeps, Solution, Solver, Status, solve
 
 # Tokens per forward call: enough to keep a processor busy, few enough for its memory.
 TOKENS_PER_BATCH = 8192
@@ -95,6 +95,7 @@ def prune_layers(
     held_out: Tensor | None = None,
     record: RunDatabase | None = None,
     progress: Progress | None = None,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Choose and apply a mask for every layer of ``blocks``, in place.
 
@@ -110,6 +111,8 @@ def prune_layers(
         held_out: token windows on which the layer error is measured as well.
         record: finished layers are written here, and taken from here if they are there already.
         progress: told about every layer.
+        masks: warm start of each layer by name instead of ``start``'s, for a solver that changes kept
+            weights; then only layers whose weights the record has count as finished.
 
     Returns:
         Mask (rows, cols), bool, of each layer by name.
@@ -133,6 +136,7 @@ def prune_layers(
             objective,
             database,
             progress or Silent(),
+            masks,
             sum(layer.weight.numel() for layer in layers),
         )
         return job.run(calibration, held_out)
@@ -224,6 +228,7 @@ class _Job:
     objective: Objective
     record: RunDatabase
     progress: Progress
+    masks: Mapping[str, Tensor] | None
     total_weights: int
 
     def run(self, calibration: Tensor, held_out: Tensor | None) -> dict[str, Tensor]:
@@ -315,7 +320,7 @@ class _Job:
 
     def _known_mask(self, layer: PrunableLayer) -> Tensor | None:
         packed = self.record.packed_mask(layer.name)
-        if packed is None:
+        if packed is None or (self.masks is not None and self.record.updated_weight(layer.name) is None):
             return None
         mask = unpack_bytes(packed, layer.weight.shape)
         for finished in self.record.layers():
@@ -415,7 +420,8 @@ class _Job:
         solver = self.solver
         if problem.metric is not None and not solver.metric:
             solver = RowSweeps(solver, self.objective.sweeps)
-        warm = solve(problem, self.start)
+        start = self.start if self.masks is None else Given(self.masks[layer.name])
+        warm = solve(problem, start)
         if solver.group is Group.SCORE:
             solution = solve(problem, solver)
         else:
@@ -482,6 +488,23 @@ class _Job:
     def _report(self, finished: LayerRecord) -> None:
         done = sum(layer.rows * layer.cols for layer in self.record.layers())
         self.progress.layer_finished(finished, done, self.total_weights)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Given(Solver):
+    """A mask that is there already."""
+
+    name: ClassVar[str] = "given"
+    group: ClassVar[Group] = Group.SCORE
+    layer_budget: ClassVar[bool] = True
+    metric: ClassVar[bool] = True
+
+    mask: Tensor
+
+    def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
+        """Return it."""
+        return Outcome(self.mask.to(problem.device), Status.FINISHED)
 
 
 def _share(error: float, norm: float) -> float:

@@ -56,6 +56,7 @@ class PruneReport:
         model, pattern, solver, start, mode, objective, allocation: what was asked for.
         refine: passes of the refinement; loss_start, loss: before and after it (see ``refinement``), None
             without; refinement_swaps: weights that it exchanged. Layer records are from before it.
+        update: what changed the kept weights of the final masks, None if nothing did; layer records are its.
         samples, length, seed: calibration windows; calibration_hash: SHA-256 of their tokens.
         evaluation, evaluation_windows: source and number of evaluation windows, each ``length`` long.
         perplexity_dense, perplexity_pruned: of causal models.
@@ -78,6 +79,7 @@ class PruneReport:
     objective: str
     allocation: str
     refine: int
+    update: str | None
     loss_start: float | None
     loss: float | None
     refinement_swaps: int
@@ -125,6 +127,7 @@ def prune(
     objective: Objective | str | None = None,
     allocation: Allocation | str = Allocation.UNIFORM,
     refine: int = 0,
+    update: Solver | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
     device: str = "auto",
@@ -152,6 +155,8 @@ def prune(
         allocation: how the sparsity is spread over layers: ``uniform``, ``knapsack`` or ``owl``.
         refine: passes of refinement against the model's output after the layers are pruned (see
             ``refinement``).
+        update: a solver of the group *weight update* that changes the kept weights of the final masks, in
+            one more pass over the layers.
         include: shell patterns of layer names; empty means all.
         exclude: shell patterns of layer names that stay dense.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -194,6 +199,8 @@ def prune(
     check_options(blocks, pattern, mode, objective)
     allocation = check_allocation(allocation, pattern)
     check_refinement(blocks, {layer.name: pattern for block in blocks for layer in block.layers}, refine)
+    if update is not None and update.group is not Group.WEIGHT_UPDATE:
+        raise InputError(f"update: expected a solver that changes kept weights, found {update!r}")
     if refine and solver.group is Group.WEIGHT_UPDATE:
         raise InputError(
             f"refinement chooses among the dense weights: expected a solver of masks, found {solver!r}"
@@ -211,6 +218,7 @@ def prune(
         "objective": str(objective),
         "allocation": str(allocation),
         "refine": refine,
+        "update": None if update is None else repr(update),
         "samples": len(windows),
         "length": length,
         "seed": seed,
@@ -244,6 +252,7 @@ def prune(
         if refine:
             size = max(1, batch_size_for(length) // 2)
             outputs = DenseOutputs(loaded.model, windows.tokens, size)
+        held_out = None if eval_windows is None else _spread(eval_windows.tokens, HELD_OUT_WINDOWS)
         masks = prune_layers(
             loaded.model,
             blocks,
@@ -253,7 +262,7 @@ def prune(
             start,
             mode,
             objective,
-            None if eval_windows is None else _spread(eval_windows.tokens, HELD_OUT_WINDOWS),
+            held_out,
             record,
             progress,
         )
@@ -270,6 +279,23 @@ def prune(
                 refine,
                 record=record,
                 progress=progress,
+            )
+        if update is not None:
+            for layer in layers:
+                layer.write(dense.weights[layer.name].to(layer.weight.device, layer.weight.dtype))
+            prune_layers(
+                loaded.model,
+                blocks,
+                patterns,
+                windows.tokens,
+                update,
+                start,
+                mode,
+                objective,
+                held_out,
+                record,
+                progress,
+                masks,
             )
         if eval_windows is not None:
             if causal:
@@ -292,6 +318,7 @@ def prune(
             objective=str(objective),
             allocation=str(allocation),
             refine=refine,
+            update=None if update is None else repr(update),
             loss_start=None if refinement is None else refinement.loss_start,
             loss=None if refinement is None else refinement.loss,
             refinement_swaps=0 if refinement is None else refinement.swaps,

@@ -10,7 +10,7 @@ import torch
 
 import sparseswaps as ss
 from sparseswaps.gradients import gradient_moments
-from sparseswaps.masks import load_masks, verify_model
+from sparseswaps.masks import apply_masks, load_masks, verify_model
 from sparseswaps.models import find_blocks, load_model
 from sparseswaps.pipeline import Mode, prune_layers
 from sparseswaps.records import RunDatabase
@@ -133,3 +133,60 @@ def test_what_cannot_be_refined(tmp_path: Path) -> None:
         prune(source, "layer:0.5", calibration=tmp_path / "text.txt", samples=4, length=32, refine=1)
     with pytest.raises(ss.InputError, match="expected at least 0 passes"):
         prune(source, calibration=tmp_path / "text.txt", samples=4, length=32, refine=-1)
+
+
+def test_kept_weights_updated_after_refinement(tmp_path: Path) -> None:
+    source = tiny_models.save("llama", tmp_path / "dense", torch.float16)
+    (tmp_path / "text.txt").write_text(tiny_models.text(2000))
+    arguments = {"calibration": tmp_path / "text.txt", "samples": 8, "length": 32, "refine": 1}
+    masks = prune(source, **arguments, out=tmp_path / "masks")
+    both = prune(source, **arguments, update=ss.Reconstruction(), out=tmp_path / "both")
+    assert masks.error > both.error  # least squares on the same masks
+    expected, found = load_masks(tmp_path / "masks"), load_masks(tmp_path / "both")
+    assert all(torch.equal(expected.masks[name], found.masks[name]) for name in expected.masks)
+    assert all(facts.updated for facts in found.layers.values())
+    saved = load_model(tmp_path / "both", "cpu", "checkpoint").model
+    assert verify_model(saved, found).ok
+    dense = load_model(source, "cpu", "checkpoint").model
+    with pytest.raises(
+        ss.InvalidFileError, match="expected the saved model, whose kept weights were updated"
+    ):
+        apply_masks(dense, found)
+    layer = find_blocks(saved)[0].layers[0]
+    layer.write(layer.weight * 1.5)
+    assert not verify_model(saved, found).ok
+    with pytest.raises(ss.InputError, match="expected a solver that changes kept weights"):
+        prune(source, **arguments, update=ss.OneSwap())
+
+
+def test_updated_weights_survive_an_interruption(tmp_path: Path) -> None:
+    class Stop:
+        """Presses Ctrl-C after some layers."""
+
+        left = 20
+
+        def stage(self, text: str, done: int, total: int) -> None: ...
+
+        def layer_started(self, name: str) -> None: ...
+
+        def layer_finished(self, record: object, done: int, total: int) -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+    source = tiny_models.save("llama", tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(tiny_models.text(2000))
+    arguments = {"calibration": tmp_path / "text.txt", "samples": 8, "length": 32}
+    for name, options in (
+        ("after", {"update": ss.Reconstruction()}),
+        ("within", {"solver": ss.Sequence(ss.OneSwap(), ss.Reconstruction())}),
+    ):
+        stop = Stop()
+        stop.left = 20 if name == "after" else 5
+        prune(source, **arguments, **options, out=tmp_path / name / "whole")
+        with pytest.raises(KeyboardInterrupt):
+            prune(source, **arguments, **options, out=tmp_path / name / "cut", progress=stop)
+        prune(source, **arguments, **options, out=tmp_path / name / "cut", resume=True)
+        models = [load_model(tmp_path / name / kind, "cpu", "checkpoint").model for kind in ("whole", "cut")]
+        for one, other in zip(*(model.parameters() for model in models), strict=True):
+            assert torch.equal(one, other)

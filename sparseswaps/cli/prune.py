@@ -90,6 +90,10 @@ def prune(
     refine: Annotated[
         int, typer.Option(help="Passes of refinement against the model's own output (gradients).")
     ] = 0,
+    update: Annotated[
+        str | None,
+        typer.Option(help="Then change the kept weights: reconstruction, admm (NAME:option=value)."),
+    ] = None,
     include: Annotated[
         list[str] | None, typer.Option(help="Prune only layers that match, e.g. '*mlp*'.")
     ] = None,
@@ -136,6 +140,7 @@ def prune(
                 objective=Objective(drift, residual_drift, output_metric, shrinkage=shrinkage),
                 allocation=allocation,
                 refine=refine,
+                update=None if update is None else parse_solver(update),
                 include=tuple(include or ()),
                 exclude=DEFAULT_EXCLUDE if exclude is None else tuple(exclude),
                 device=device,
