@@ -139,18 +139,16 @@ def test_kept_weights_updated_after_refinement(tmp_path: Path) -> None:
     source = tiny_models.save("llama", tmp_path / "dense", torch.float16)
     (tmp_path / "text.txt").write_text(tiny_models.text(2000))
     arguments = {"calibration": tmp_path / "text.txt", "samples": 8, "length": 32, "refine": 1}
-    masks = prune(source, **arguments, out=tmp_path / "masks")
+    prune(source, **arguments, out=tmp_path / "masks")
     both = prune(source, **arguments, update=ss.Reconstruction(), out=tmp_path / "both")
-    assert masks.error > both.error  # least squares on the same masks
+    assert both.error < both.error_start  # least squares on the same masks
     expected, found = load_masks(tmp_path / "masks"), load_masks(tmp_path / "both")
     assert all(torch.equal(expected.masks[name], found.masks[name]) for name in expected.masks)
     assert all(facts.updated for facts in found.layers.values())
     saved = load_model(tmp_path / "both", "cpu", "checkpoint").model
     assert verify_model(saved, found).ok
     dense = load_model(source, "cpu", "checkpoint").model
-    with pytest.raises(
-        ss.InvalidFileError, match="expected the saved model, whose kept weights were updated"
-    ):
+    with pytest.raises(ss.InvalidFileError, match="whose kept weights were updated"):
         apply_masks(dense, found)
     layer = find_blocks(saved)[0].layers[0]
     layer.write(layer.weight * 1.5)
