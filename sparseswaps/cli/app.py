@@ -7,7 +7,7 @@ import sys
 import typer
 
 from ..errors import InputError, SparseswapsError
-from . import demo, inspect, prune, solve, study
+from . import demo, inspect, prune, solve, study, zero_shot
 from .output import error_console
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ prune.register(app)
 inspect.register(app)
 solve.register(app)
 study.register(app)
+zero_shot.register(app)
 demo.register(app)
 
 
