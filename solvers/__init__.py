@@ -2,6 +2,7 @@
 
 from .additive_swap import AdditiveSwap
 from .admm import ADMM
+from .alternating_reconstruction import AlternatingReconstruction
 from .base import Budget, Group, Outcome, Solution, Solver, Status, TracePoint, solve
 from .bounds import CorrEigenvalue, Dnn, LayerBound, Naive, Qcr, Sdp, SharedSplit, bound
 from .branch_and_bound import BranchAndBound
@@ -28,6 +29,7 @@ __all__ = [
     "SCIP",
     "SOLVERS",
     "AdditiveSwap",
+    "AlternatingReconstruction",
     "BestOf",
     "BranchAndBound",
     "Budget",

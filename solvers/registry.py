@@ -10,6 +10,7 @@ import typing
 from ..errors import InputError
 from .additive_swap import AdditiveSwap
 from .admm import ADMM
+from .alternating_reconstruction import AlternatingReconstruction
 from .base import Solver
 from .bounds import CorrEigenvalue, Dnn, Naive, Qcr, Sdp, SharedSplit
 from .branch_and_bound import BranchAndBound
@@ -48,6 +49,7 @@ SOLVERS: dict[str, type[Solver]] = {
         SparseGPT,
         ADMM,
         Reconstruction,
+        AlternatingReconstruction,
         CorrEigenvalue,
         Naive,
         SharedSplit,

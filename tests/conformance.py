@@ -40,6 +40,7 @@ SOLVERS: list[ss.Solver] = [
     ss.ADMM(mask="gradual"),
     ss.Reconstruction(),
     ss.Reconstruction(method="conjugate-gradients"),
+    ss.AlternatingReconstruction(),
     ss.Sequence(ss.OneSwap(), ss.Reconstruction()),
     ss.BestOf(ss.Reconstruction(), ss.OneSwap()),
 ]
