@@ -4,8 +4,8 @@ A row goes through these stages and stops as soon as it is proven:
 
 1. an incumbent from iterated local search;
 2. the QCR split (`bounds.qcr`), reduced-cost fixing until nothing more is fixed, and a short search;
-3. rounds of the doubly nonnegative split (`bounds.dnn`) on what is left, each followed by fixing, and a
-   longer search with the tighter split;
+3. the doubly nonnegative split (`bounds.dnn`) of what is left and a short search, then the same with triangle
+   inequalities as cuts, which halve its gap, and a long one;
 4. where that is not enough, best first over parts of the program, divided at the variable that the relaxation
    leaves most open, each with fixing, a split and a search of its own.
 
@@ -46,9 +46,9 @@ from .row_wise import RowResult, better, check_jobs, check_limits, row_deadline,
 # Gradient entries that the search updates between two looks at the clock, about 10 ms.
 WORK_PER_SLICE = 5_000_000
 # Nodes of the search with the QCR split before the doubly nonnegative split is worth its time.
-QCR_NODES = 3000
-# Steps of the doubly nonnegative iteration and nodes of the search in each round.
-DNN_ROUNDS = ((0, 3_000), (120, 10_000), (360, 100_000))
+QCR_NODES = 1500
+# Steps of the doubly nonnegative iteration with cuts and nodes of the search in each round.
+DNN_ROUNDS = ((0, 1_500), (360, 100_000))
 # The same for each part, once the program is divided.
 PART_STEPS, PART_NODES = 60, 15_000
 UNLIMITED = np.iinfo(np.int64).max

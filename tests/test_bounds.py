@@ -16,7 +16,8 @@ from sparseswaps.errors import InputError, UnsupportedProblemError
 from sparseswaps.problems.row_program import RowProgram, row_program
 from sparseswaps.solvers.bounds.convex_split import face_basis, split_with
 from sparseswaps.solvers.bounds.max_trace import max_trace_diagonal
-from sparseswaps.solvers.bounds.relaxed_rows import smallest_eigenvalue
+from sparseswaps.solvers.bounds.relaxed_rows import semidefinite, smallest_eigenvalue
+from sparseswaps.solvers.bounds.row_split import RowSplit
 from sparseswaps.solvers.bounds.sdp import sdp_relaxation
 
 
@@ -74,6 +75,20 @@ def test_layer_tiers_never_exceed_an_optimum(seed: int, steps: int, rounds: int)
 
 
 @settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 10_000), steps=st.integers(1, 80), channels=st.integers(1, 8))
+def test_diagonals_per_row_never_exceed_an_optimum(seed: int, steps: int, channels: int) -> None:
+    problem = many_rows(seed, 60)
+    best, slack = optima(problem)
+    for tier in (
+        RowSplit(channels=channels, steps=steps),
+        RowSplit(channels=channels, steps=steps, dtype="float64", precision=10.0 ** -(steps % 5)),
+    ):
+        bounds = row_bounds(problem, tier)
+        assert bool((bounds <= best + slack).all()), (tier, problem.name)
+        assert bool((bounds >= 0).all())
+
+
+@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 10_000), steps=st.integers(0, 60), tolerance=st.floats(1e-3, 1e3))
 def test_row_tiers_never_exceed_an_optimum(seed: int, steps: int, tolerance: float) -> None:
     problem = many_rows(seed, 20)
@@ -83,7 +98,7 @@ def test_row_tiers_never_exceed_an_optimum(seed: int, steps: int, tolerance: flo
         assert bool((bounds <= best + slack).all()), (tier, problem.name)
 
 
-@pytest.mark.parametrize("tier", ["corr-eigenvalue", "naive", "shared-split", "qcr", "dnn"])
+@pytest.mark.parametrize("tier", ["corr-eigenvalue", "naive", "shared-split", "row-split", "qcr", "dnn"])
 @pytest.mark.parametrize("seconds", [0.0, 1e-3, 0.02])
 def test_a_bound_that_is_cut_off_still_holds(tier: str, seconds: float) -> None:
     problem = ss.synthetic_layer("correlated", 4, 16, "0.5", seed=8)
@@ -207,7 +222,9 @@ def test_auto_picks_by_size_and_budget() -> None:
     assert ss.bound(small).tier == "dnn"
     assert ss.bound(small, budget=ss.Budget(5.0)).tier == "shared-split, dnn"
     wide = ss.synthetic_layer("weakly-correlated", 2, 660, "0.5")
-    assert ss.bound(wide, budget=ss.Budget(0.5)).tier == "shared-split"
+    assert ss.bound(wide, budget=ss.Budget(0.5)).tier == "row-split"
+    middle = ss.synthetic_layer("weakly-correlated", 1, 260, "0.5")
+    assert ss.bound(middle, budget=ss.Budget(0.5)).tier == "row-split, qcr"
 
 
 def test_any_solution_can_be_checked_against_a_bound() -> None:
@@ -221,3 +238,23 @@ def test_any_solution_can_be_checked_against_a_bound() -> None:
     assert found.gap(problem, best) < found.gap(problem, wanda)
     with pytest.raises(InputError, match="unknown bound"):
         ss.bound(problem, "simplex")
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+def test_diagonals_per_row_beat_one_per_layer_on_wide_rows(pattern: str) -> None:
+    problem = ss.synthetic_layer("correlated", 6, 512, pattern, seed=1)
+    best = ss.solve(problem, ss.OneSwap())
+    naive = ss.bound(problem, "naive", init=best)
+    per_row = ss.bound(problem, "row-split", init=best)
+    eigenvalue = ss.bound(problem, "corr-eigenvalue", init=best)
+    assert bool((per_row.row_bounds >= eigenvalue.row_bounds).all())
+    assert bool((per_row.row_bounds >= naive.row_bounds * (1 - 1e-3)).all())
+    assert per_row.gap(problem, best) <= 0.8 * naive.gap(problem, best)
+
+
+def test_one_factorisation_proves_what_is_semidefinite() -> None:
+    basis, _ = torch.linalg.qr(torch.randn(60, 60, dtype=torch.float64))
+    for lowest, holds in ((1e-6, True), (-1e-6, False), (-1e-15, False)):
+        values = torch.linspace(lowest, 2.0, 60, dtype=torch.float64)
+        matrix = (basis * values) @ basis.T
+        assert semidefinite((matrix + matrix.T) / 2) is holds

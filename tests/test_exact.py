@@ -160,7 +160,7 @@ def test_branch_and_bound_proves_wider_rows(pattern: str) -> None:
 def test_a_limit_is_a_solution_with_its_own_status() -> None:
     problem = ss.synthetic_layer("correlated", 2, 96, "0.5", seed=2)
     nodes = ss.solve(problem, ss.BranchAndBound(node_limit=20))
-    seconds = ss.solve(problem, ss.BranchAndBound(time_limit=0.05))
+    seconds = ss.solve(problem, ss.BranchAndBound(time_limit=0.005))
     nothing = ss.solve(problem, ss.BranchAndBound(), budget=ss.Budget(seconds=0.0))
     assert set(nodes.row_statuses) == {ss.Status.NODE_LIMIT}
     assert set(seconds.row_statuses) == {ss.Status.TIME_LIMIT}

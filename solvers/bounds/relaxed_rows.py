@@ -39,11 +39,13 @@ class RelaxedRows(NamedTuple):
         bounds: lower bound of each row's error (rows,), float64.
         spread: ``Σ_rows y_j² x_j (1 - x_j)`` (cols,): where a better diagonal would pay.
         complete: whether every row was looked at before the deadline.
+        points: relaxed point of each row that was looked at, else 0 (rows, cols), in the working dtype.
     """
 
     bounds: Tensor
     spread: Tensor
     complete: bool
+    points: Tensor
 
 
 def unit_correlation(problem: LayerProblem) -> Tensor:
@@ -82,6 +84,12 @@ def smallest_eigenvalue(matrix: Tensor) -> float:
     return low - 4 * rounding
 
 
+def semidefinite(matrix: Tensor) -> bool:
+    """Whether one Cholesky factorisation proves ``matrix`` (n, n) positive semidefinite (Rump, 2006)."""
+    rounding = (len(matrix) + 1) * EPSILON * float(matrix.diagonal().abs().sum())
+    return _positive_definite(matrix, 4 * rounding)
+
+
 def _positive_definite(matrix: Tensor, shift: float) -> bool:
     shifted = matrix.clone()
     shifted.diagonal().sub_(shift)
@@ -97,8 +105,9 @@ def relax_rows(
     precision: float,
     deadline: float,
     dtype: torch.dtype = torch.float32,
+    own: Tensor | None = None,
 ) -> RelaxedRows:
-    """Bound every row with one shared diagonal; rows that the deadline cuts off get the bound 0.
+    """Bound every row with one shared diagonal, and its own on top; rows cut off get the bound 0.
 
     Args:
         problem: the layer.
@@ -108,12 +117,14 @@ def relax_rows(
         precision: relative duality gap at which a batch stops.
         deadline: on ``time.monotonic()``.
         dtype: of the gradient steps; the bound itself is computed in float64.
+        own: more diagonal per row (rows, cols), float64, with ``A - Diag(own_r) ⪰ 0`` for each row r.
     """
     working = convex.to(dtype)
-    curvature = 2 * 1.05 * _largest_eigenvalue(working)
+    largest = _largest_eigenvalue(working)
     bounds = torch.zeros(problem.rows, dtype=torch.float64, device=problem.device)
     spread = torch.zeros(problem.cols, dtype=torch.float64, device=problem.device)
     size = max(1, BATCH_ENTRIES // problem.cols)
+    points = torch.zeros((problem.rows, problem.cols), dtype=dtype, device=problem.device)
     complete = True
     for first in range(0, problem.rows, size):
         if time.monotonic() >= deadline:
@@ -121,13 +132,16 @@ def relax_rows(
             break
         rows = slice(first, first + size)
         y = problem.scaled_weight[rows]
-        linear = diagonal * y**2
+        taken = torch.zeros_like(y) if own is None else own[rows]
+        linear = (diagonal + taken) * y**2
+        curvature = 2 * 1.05 * (largest + (-taken).amax(1, keepdim=True).clamp_min(0.0))
         constant = torch.zeros(len(y), dtype=torch.float64, device=y.device)
         if problem.drift is not None and problem.scaled_drift is not None:
             linear = linear + 2 * y * problem.scaled_drift[rows]
             constant = problem.drift.constant[rows]
         batch = _Batch(
             working,
+            taken,
             y,
             linear,
             constant,
@@ -137,9 +151,10 @@ def relax_rows(
             dtype,
         )
         x = batch.descend(steps, precision, deadline).double()
-        bounds[rows] = _certified(convex, y, linear, constant, x, batch.count, batch.block)
+        bounds[rows] = _certified(convex, taken, y, linear, constant, x, batch.count, batch.block)
+        points[rows] = x.to(dtype)
         spread += (y**2 * x * (1 - x)).sum(0)
-    return RelaxedRows(bounds.clamp_min(0), spread, complete)
+    return RelaxedRows(bounds.clamp_min(0), spread, complete, points)
 
 
 def separable_bounds(problem: LayerProblem, diagonal: Tensor) -> Tensor:
@@ -170,22 +185,36 @@ def _smallest(values: Tensor, count: int, block: int) -> Tensor:
 
 
 def _tangent(
-    convex: Tensor, y: Tensor, linear: Tensor, constant: Tensor, x: Tensor, count: int, block: int
+    convex: Tensor,
+    taken: Tensor,
+    y: Tensor,
+    linear: Tensor,
+    constant: Tensor,
+    x: Tensor,
+    count: int,
+    block: int,
 ) -> tuple[Tensor, Tensor]:
     """φ(x) and the tangent bound of each row (rows,), in the dtype of the arguments."""
-    moved = (y * x) @ convex
+    moved = (y * x) @ convex - taken * y * x
     value = (moved * y * x).sum(1) + (linear * x).sum(1) + constant
     gradient = 2 * y * moved + linear
     return value, value - (gradient * x).sum(1) + _smallest(gradient, count, block).sum(1)
 
 
 def _certified(
-    convex: Tensor, y: Tensor, linear: Tensor, constant: Tensor, x: Tensor, count: int, block: int
+    convex: Tensor,
+    taken: Tensor,
+    y: Tensor,
+    linear: Tensor,
+    constant: Tensor,
+    x: Tensor,
+    count: int,
+    block: int,
 ) -> Tensor:
     """The tangent bound in float64, less what its sums can have lost (rows,)."""
-    _, lower = _tangent(convex, y, linear, constant, x, count, block)
+    _, lower = _tangent(convex, taken, y, linear, constant, x, count, block)
     # each of the sums has at most cols terms, and entries of A are at most its largest diagonal entry
-    largest = float(convex.diagonal().max().clamp_min(1.0))
+    largest = convex.diagonal().max().clamp_min(1.0) + taken.abs().amax(1)
     size = largest * y.abs().sum(1) * (y * x).abs().sum(1) + linear.abs().sum(1) + constant
     return lower - 8 * y.shape[1] * EPSILON * size
 
@@ -207,22 +236,23 @@ class _Batch:
     def __init__(
         self,
         convex: Tensor,
+        taken: Tensor,
         y: Tensor,
         linear: Tensor,
         constant: Tensor,
         count: int,
         block: int,
-        curvature: float,
+        curvature: Tensor,
         dtype: torch.dtype,
     ) -> None:
-        self.convex = convex
+        self.convex, self.taken = convex, taken.to(dtype)
         self.count, self.block = count, block
         # one unit per row keeps every entry in the range of float32
         unit = (y**2).mean(1, keepdim=True).clamp_min(1e-300)
         self.y = (y / unit.sqrt()).to(dtype)
         self.linear = (linear / unit).to(dtype)
         self.constant = (constant / unit[:, 0]).to(dtype)
-        self.metric = curvature * (self.y**2).clamp_min(METRIC_FLOOR)
+        self.metric = curvature.to(dtype) * (self.y**2).clamp_min(METRIC_FLOOR)
         self.multiplier = torch.zeros((len(y), y.shape[1] // block, 1), dtype=dtype, device=y.device)
 
     def descend(self, steps: int, precision: float, deadline: float) -> Tensor:
@@ -232,7 +262,8 @@ class _Batch:
         _, best = self._look(x)
         momentum = torch.ones((len(x), 1), dtype=x.dtype, device=x.device)
         for step in range(1, steps + 1):
-            gradient = 2 * self.y * ((self.y * ahead) @ self.convex) + self.linear
+            moved = self.y * ahead
+            gradient = 2 * self.y * (moved @ self.convex - self.taken * moved) + self.linear
             after = self._project(ahead - gradient / self.metric)
             # restart a row whose momentum points uphill (O'Donoghue, Candès, 2015, gradient scheme)
             uphill = (self.metric * (ahead - after) * (after - x)).sum(1, keepdim=True) > 0
@@ -251,7 +282,9 @@ class _Batch:
         return best_x
 
     def _look(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return _tangent(self.convex, self.y, self.linear, self.constant, x, self.count, self.block)
+        return _tangent(
+            self.convex, self.taken, self.y, self.linear, self.constant, x, self.count, self.block
+        )
 
     def _project(self, point: Tensor, rounds: int = 10) -> Tensor:
         """Nearest point of [0, 1] with the block sums, in the metric, up to a few Newton steps.

@@ -16,6 +16,7 @@ from .corr_eigenvalue import CorrEigenvalue
 from .dnn import Dnn
 from .naive import Naive
 from .qcr import Qcr
+from .row_split import RowSplit
 from .sdp import Sdp
 from .shared_split import SharedSplit
 
@@ -23,6 +24,7 @@ TIERS: dict[str, Callable[[], Solver]] = {
     "corr-eigenvalue": CorrEigenvalue,
     "naive": Naive,
     "shared-split": SharedSplit,
+    "row-split": RowSplit,
     "qcr": Qcr,
     "dnn": Dnn,
     "sdp": Sdp,
@@ -78,8 +80,8 @@ def bound(
     Args:
         problem: the layer, with any pattern, with or without drift.
         tier: one of ``TIERS``, or ``auto``: rows of at most 256 weights by ``dnn``, of at most 640 by
-            ``qcr``, wider ones by ``shared-split``; with a time limit ``shared-split`` comes first and rows
-            that the stronger tier does not reach keep its bound.
+            ``row-split`` and ``qcr``, whichever is higher, wider ones by ``row-split``; with a time limit
+            ``shared-split`` comes before ``dnn`` and rows that it does not reach keep that bound.
         budget: limits; the bounds hold whenever they stop it.
         init: a good mask; it only sets the scale of the row programs.
 
@@ -105,16 +107,17 @@ def _auto(
     rows = None
     if problem.cols <= QCR_COLS and not Dnn.missing():
         rows = "dnn" if problem.cols <= DNN_COLS else "qcr"
-    if budget.seconds is None and rows is not None:
+    if budget.seconds is None and rows == "dnn":
         solution = solve(problem, TIERS[rows](), init, budget)
         return rows, solution.status, solution.row_bounds
     deadline = budget.deadline()
     share = 1.0 if rows is None else LAYER_SHARE
     first = None if budget.seconds is None else share * budget.seconds
-    solution = solve(problem, SharedSplit(), init, Budget(first, budget.progress if rows is None else None))
+    layer = "shared-split" if rows == "dnn" else "row-split"
+    solution = solve(problem, TIERS[layer](), init, Budget(first, budget.progress if rows is None else None))
     if rows is None:
-        return "shared-split", solution.status, solution.row_bounds
+        return layer, solution.status, solution.row_bounds
     bounds = solution.row_bounds
-    rest = Budget(max(0.0, deadline - time.monotonic()), budget.progress)
-    solution = solve(problem, TIERS[rows](), init, rest)
-    return f"shared-split, {rows}", solution.status, torch.maximum(bounds, solution.row_bounds)
+    rest = None if budget.seconds is None else max(0.0, deadline - time.monotonic())
+    solution = solve(problem, TIERS[rows](), init, Budget(rest, budget.progress))
+    return f"{layer}, {rows}", solution.status, torch.maximum(bounds, solution.row_bounds)
