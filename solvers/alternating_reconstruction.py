@@ -30,7 +30,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, SolverNotInstalledError
 from ..problems.layer import Drift, LayerProblem
 from ..problems.pattern import LayerBudget
 from .base import Budget, Group, Outcome, Solver, Status, TracePoint
@@ -56,6 +56,9 @@ class AlternatingReconstruction(Solver):
 
     Stats: those of ``reconstruction`` and ``turns``, in how many a row's mask changed. The trace holds the
     layer's error after each turn. The status is ``local_optimum`` where a search moves no weight.
+
+    Raises:
+        SolverNotInstalledError: if a library of the search is missing.
     """
 
     name: ClassVar[str] = "alternating-reconstruction"
@@ -83,14 +86,16 @@ class AlternatingReconstruction(Solver):
         """Whether the search covers budgets of a whole layer."""
         return self.search.layer_budget
 
-    def missing(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the member
-        """Required libraries of the search that are not installed."""
-        return self.search.missing()
-
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
         """Take turns until no weight moves; rows that have come to rest are left out."""
+        if missing := self.search.missing():
+            raise SolverNotInstalledError(
+                f"the search of alternating reconstruction needs {' and '.join(missing)}: expected it to be "
+                f"installed, found none; run pip install {' '.join(missing)}"
+            )
         begun, deadline = time.monotonic(), budget.deadline()
-        search = self.search if problem.metric is None else RowSweeps(self.search)
+        alone = problem.metric is None or self.search.metric
+        search = self.search if alone else RowSweeps(self.search)
         state = _State(problem, warm_start(problem, init))
         state.take(self.reconstruction.run(problem, state.mask, _left(deadline)), state.all)
         trace = [TracePoint(time.monotonic() - begun, state.error())]

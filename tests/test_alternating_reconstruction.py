@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
+from typing import ClassVar, final
 
 import numpy as np
 import pytest
@@ -124,6 +126,28 @@ def test_limits() -> None:
     late = ss.solve(problem, ss.AlternatingReconstruction(), budget=ss.Budget(seconds=0))
     assert late.status is ss.Status.TIME_LIMIT
     assert torch.equal(late.weight, problem.weight * late.mask)
+
+
+@final
+@dataclass(frozen=True)
+class NeedsAbsent(ss.Solver):
+    """Needs a library that does not exist."""
+
+    name: ClassVar[str] = "absent"
+    group: ClassVar[ss.Group] = ss.Group.LOCAL_SEARCH
+    requires: ClassVar[tuple[str, ...]] = ("no_such_library_at_all",)
+
+    def run(self, problem: ss.LayerProblem, init: torch.Tensor | None, budget: ss.Budget) -> ss.Outcome:
+        raise AssertionError("never reached")
+
+
+def test_any_search_takes_turns() -> None:
+    problem, _, _ = layer("0.5", 2, metric=True, rows=5, cols=16)
+    plain = ss.solve(problem, ss.Reconstruction()).objective
+    for search in (ss.Tabu(effort=0.2), ss.RowSweeps(sweeps=1), ss.Wanda()):
+        assert ss.solve(problem, ss.AlternatingReconstruction(search=search)).objective <= plain
+    with pytest.raises(ss.SolverNotInstalledError, match="pip install no_such_library_at_all"):
+        ss.solve(problem, ss.AlternatingReconstruction(search=NeedsAbsent()))
 
 
 def test_options_that_are_refused() -> None:
