@@ -18,6 +18,7 @@ from ..study_records import ModelRecord, StudyRows, UnitRecord
 from .ablations import calibration_section, convergence_section, warm_start_section
 from .interaction import interaction_section
 from .model_results import model_sections
+from .objectives import objective_sections
 from .optimality import bounds_section, optimality_section
 from .page import Fact, Section, build_page
 from .statistics import compare, gap
@@ -41,6 +42,7 @@ def write_study_report(out_dir: str | os.PathLike[str], records: StudyRows) -> P
         interaction_section(data, records.models),
         warm_start_section(data),
         calibration_section(data),
+        *objective_sections(records.models),
         *model_sections(records.models, records.layers, records.bounds),
         cost_section(data),
         instances_section(data),

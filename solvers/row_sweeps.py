@@ -48,7 +48,7 @@ class RowSweeps(Solver):
 
     solver: Solver = field(default_factory=OneSwap)
     sweeps: int = 2
-    batches: int = 64
+    batches: int = 16
     seed: int = 0
     alone: bool = True
 

@@ -106,7 +106,8 @@ class ModelRecord:
 
     Attributes:
         unit, study, label, method, start, options, solver, group, seed: as in ``UnitRecord``.
-        model: name; pattern: as asked for; sparsity: achieved; mode, objective: how layers were fitted.
+        model: name; pattern: as asked for; sparsity: achieved; mode, objective,
+        allocation, refine, update: how layers were fitted (see ``run.prune``).
         calibration, samples, length, calibration_hash: text and windows.
         evaluation, evaluation_windows: text and windows of the evaluation.
         status, failure: as in ``UnitRecord``; the figures are None if it failed.
@@ -130,6 +131,9 @@ class ModelRecord:
     sparsity: float | None
     mode: str
     objective: str
+    allocation: str
+    refine: int
+    update: str
     calibration: str
     samples: int
     length: int
@@ -151,8 +155,20 @@ class ModelRecord:
 
     @property
     def fitted(self) -> str:
-        """How layers were fitted, for people: ``sequential, drift 0.75, metric``."""
-        return self.mode if self.objective == "plain" else f"{self.mode}, {objective_name(self.objective)}"
+        """How layers were fitted, for people: ``sequential, drift 0.75, metric, refined twice``."""
+        return ", ".join([self.mode, *self.extras])
+
+    @property
+    def extras(self) -> list[str]:
+        """What was done beyond the paper's error in every layer at one sparsity."""
+        parts = [] if self.objective == "plain" else [objective_name(self.objective)]
+        if self.allocation != "uniform":
+            parts.append(f"allocation {self.allocation}")
+        if self.refine:
+            parts.append(f"refinement {self.refine}")
+        if self.update:
+            parts.append(f"then {self.update}")
+        return parts
 
 
 def objective_name(objective: str) -> str:

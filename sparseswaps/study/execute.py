@@ -76,7 +76,10 @@ def failed(
         "machine": "{}",
     }
     if spec["kind"] == "model":
-        names |= {name: spec[name] for name in ("mode", "objective", "samples", "length")}
+        names |= {
+            name: spec[name]
+            for name in ("mode", "objective", "allocation", "refine", "update", "samples", "length")
+        }
         texts = {name: _text_name(spec[name]) for name in ("calibration", "evaluation")}
         return UnitResult(model=_blank(ModelRecord, names | texts | {"model": spec["name"]}))
     problem = spec["problem"]
@@ -222,6 +225,9 @@ def _execute_model(unit: str, study: str, spec: Mapping[str, Any]) -> UnitResult
         evaluation_limit=spec["evaluation_limit"] or None,
         mode=Mode(spec["mode"]),
         objective=spec["objective"],
+        allocation=spec["allocation"],
+        refine=spec["refine"],
+        update=parse_solver(spec["update"]) if spec["update"] else None,
         device="cpu",
     )
     bounds = [] if bounded is None else bounded.found
@@ -232,7 +238,8 @@ def _execute_model(unit: str, study: str, spec: Mapping[str, Any]) -> UnitResult
         seconds_layers=report.seconds_layers - spent,
     )
     seconds = time.perf_counter() - begin - spent
-    record = _model_record(unit, study, spec, choice, report, str(solver.group), seconds)
+    group = Group.WEIGHT_UPDATE if spec["update"] else solver.group
+    record = _model_record(unit, study, spec, choice, report, str(group), seconds)
     return UnitResult(model=record, layers=report.layers, bounds=tuple(bounds))
 
 
@@ -255,6 +262,9 @@ def _model_record(
         sparsity=report.sparsity,
         mode=spec["mode"],
         objective=spec["objective"],
+        allocation=spec["allocation"],
+        refine=spec["refine"],
+        update=spec["update"],
         calibration=_text_name(spec["calibration"]),
         samples=report.samples,
         length=report.length,

@@ -148,13 +148,27 @@ def _problem_specs(study: Study, problems: ProblemSet) -> list[dict[str, Any]]:
 
 
 def _model_specs(study: Study, models: ModelSet) -> Iterable[dict[str, Any]]:
-    for seed, pattern, calibration, samples, mode, objective, choice in itertools.product(
+    for (
+        seed,
+        pattern,
+        calibration,
+        samples,
+        mode,
+        objective,
+        allocation,
+        refine,
+        update,
+        choice,
+    ) in itertools.product(
         study.seeds,
         models.patterns or study.patterns,
         models.calibration,
         models.samples,
         models.mode,
         models.objective,
+        models.allocation,
+        models.refine,
+        models.update,
         _chosen(study, models.solvers),
     ):
         if mode == "one-shot" and Objective.parse(objective).needs_dense_stream:
@@ -172,6 +186,9 @@ def _model_specs(study: Study, models: ModelSet) -> Iterable[dict[str, Any]]:
             "length": models.length,
             "mode": mode,
             "objective": objective,
+            "allocation": allocation,
+            "refine": refine,
+            "update": update,
             "seed": seed,
             "solver": _solver_spec(choice),
             **bound,

@@ -41,13 +41,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..allocation import Allocation
 from ..errors import InputError, SparseswapsError
 from ..objective import Objective
 from ..pipeline import Mode
 from ..problems.pattern import SparsityPattern
 from ..problems.synthetic import FAMILIES
+from ..solvers import Group, Solver
 from ..solvers import Sequence as Chain
-from ..solvers import Solver
 from ..solvers.bounds import TIERS
 from ..solvers.registry import parse_solver
 from .checked_table import REQUIRED, CheckedTable
@@ -117,6 +118,7 @@ class ModelSet:
         model: directory, hub name, ``demo``, or ``package:NAME/FOLDER`` inside an installed package;
             name: of it in tables.
         calibration, samples, length, mode, objective, patterns: each listed value is tried.
+        allocation, refine, update: likewise (see ``run.prune``); no update is "".
         evaluation: text of the evaluation; evaluation_limit: its most windows, 0 for all.
         solvers: labels; empty for all.
         bound: tier of the lower bound of every layer (see ``solvers.bound``), "" for none;
@@ -132,6 +134,9 @@ class ModelSet:
     length: int
     mode: tuple[str, ...]
     objective: tuple[str, ...]
+    allocation: tuple[str, ...]
+    refine: tuple[int, ...]
+    update: tuple[str, ...]
     patterns: tuple[str, ...]
     solvers: tuple[str, ...]
     bound: str
@@ -311,6 +316,9 @@ def _model_set(table: CheckedTable, labels: Sequence[str]) -> ModelSet:
         length=table.integer("length", 0, least=0),
         mode=table.texts("mode", ["sequential"]),
         objective=table.texts("objective", ["plain"]),
+        allocation=table.texts("allocation", [Allocation.UNIFORM]),
+        refine=table.integers("refine", [0], least=0),
+        update=table.texts("update", [""]),
         patterns=patterns,
         solvers=solvers,
         bound=table.text("bound", ""),
@@ -323,6 +331,15 @@ def _model_set(table: CheckedTable, labels: Sequence[str]) -> ModelSet:
     for mode in found.mode:
         if mode not in set(Mode):
             table.wrong("mode", f"one of {', '.join(Mode)}", repr(mode))
+    for rule in found.allocation:
+        if rule not in set(Allocation):
+            table.wrong("allocation", f"one of {', '.join(Allocation)}", repr(rule))
+    for text in filter(None, found.update):
+        try:
+            if parse_solver(text).group is not Group.WEIGHT_UPDATE:
+                table.wrong("update", "a solver that changes kept weights", repr(text))
+        except InputError as error:
+            table.wrong("update", "a solver", str(error))
     try:
         objective = tuple(str(Objective.parse(text)) for text in found.objective)
     except InputError as error:
