@@ -13,12 +13,18 @@ from torch import Tensor
 from ..errors import InputError
 from ..problems.layer import LayerProblem
 from .base import Budget, Group, Outcome, Solver, Status
+from .row_sweeps import RowSweeps
 
 
 def _strongest_group(solvers: Iterable[Solver]) -> Group:
     """The most powerful group among ``solvers``: what a table files the combination under."""
     order = [Group.SCORE, Group.LOCAL_SEARCH, Group.BOUND, Group.EXACT, Group.WEIGHT_UPDATE]
     return max((solver.group for solver in solvers), key=order.index)
+
+
+def _sweeping(solver: Solver) -> Solver:
+    """``solver``, in sweeps over rows where it is a local search that sees each row alone."""
+    return RowSweeps(solver) if solver.group is Group.LOCAL_SEARCH and not solver.metric else solver
 
 
 def _remaining(budget: Budget, deadline: float) -> Budget:
@@ -34,7 +40,8 @@ class Sequence(Solver):
 
     ``Sequence(Magnitude(), OneSwap())`` is 1-swap from magnitude's mask, ``Sequence(OneSwap(),
     Reconstruction())`` least squares on the mask of 1-swap. Members hand on masks, never weights: status,
-    bounds, stats and new weights are the last solver's.
+    bounds, stats and new weights are the last solver's. Under an output metric those local searches among the
+    members that see each row alone sweep over the rows (``RowSweeps``).
     """
 
     name: ClassVar[str] = "sequence"
@@ -61,15 +68,16 @@ class Sequence(Solver):
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
         """Run the members in order."""
         deadline = budget.deadline()
-        outcome = self.solvers[0].run(problem, init, budget)
-        for solver in self.solvers[1:]:
+        first, *others = self.solvers if problem.metric is None else map(_sweeping, self.solvers)
+        outcome = first.run(problem, init, budget)
+        for solver in others:
             outcome = solver.run(problem, outcome.mask, _remaining(budget, deadline))
         return outcome
 
     @property
     def metric(self) -> bool:  # type: ignore[override]  # depends on the members
-        """Whether all members accept an output metric."""
-        return all(solver.metric for solver in self.solvers)
+        """Whether all members accept an output metric, or are local searches, which can sweep over rows."""
+        return all(_sweeping(solver).metric for solver in self.solvers)
 
     def missing(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the members
         """Required libraries of any member that are not installed."""

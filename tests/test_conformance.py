@@ -189,6 +189,21 @@ def test_sequence_changes_weights_only_if_its_last_member_does() -> None:
     assert ss.Sequence(ss.Reconstruction(), ss.Wanda()).group is ss.Group.SCORE
 
 
+def test_sequence_under_an_output_metric() -> None:
+    plain = ss.synthetic_layer("correlated", 6, 16, "0.5")
+    gradients = torch.randn((20, 6), generator=torch.Generator().manual_seed(0))
+    gradients[:, 1:] += gradients[:, :1]
+    problem = ss.LayerProblem(
+        plain.weight, plain.gram, plain.pattern, metric=ss.output_metric(gradients.T @ gradients)
+    )
+    chained = ss.solve(problem, ss.Sequence(ss.Magnitude(), ss.OneSwap(), ss.Reconstruction()))
+    swept = ss.solve(problem, ss.RowSweeps(), init=ss.solve(problem, ss.Magnitude()))
+    by_hand = ss.solve(problem, ss.Reconstruction(), init=swept)
+    assert torch.equal(chained.weight, by_hand.weight)
+    assert chained.objective == by_hand.objective < swept.objective
+    assert not ss.Sequence(ss.OneSwap(), ss.BranchAndBound()).metric
+
+
 def test_best_of_scores_updated_weights() -> None:
     """A row's choice is scored with the weights that go with it, and brings them along."""
     problem = ss.synthetic_layer("correlated", 32, 16, "0.5")
