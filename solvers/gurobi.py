@@ -17,15 +17,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import numpy as np
-from torch import Tensor
 
 from ..errors import InvalidOutcomeError
-from ..problems.layer import LayerProblem
 from ..problems.row_program import BoolArray, RowProgram
-from .backends.factored import FEASIBILITY_TOLERANCE, factored, rounded, safe_bound, settled
-from .base import Budget, Group, Outcome, Solver, Status
-from .bounds.presolve import thinned
-from .row_wise import RowResult, better, check_jobs, check_limits, row_deadline, solve_rows
+from .backends.factored import FEASIBILITY_TOLERANCE, factored, rounded, safe_bound
+from .backends.library import Claim, LibrarySolver
+from .base import Status
 
 # Why Gurobi stopped, by its status code.
 STATUS_MAP = {
@@ -41,43 +38,20 @@ STATUS_MAP = {
 
 @final
 @dataclass(frozen=True)
-class Gurobi(Solver):
+class Gurobi(LibrarySolver):
     """Branch and cut by Gurobi on the QCR program, row by row.
 
     Args:
-        time_limit: seconds per row, None for no limit.
-        node_limit: nodes per row, None for no limit.
-        gap_limit: relative gap at which a row counts as finished.
-        seed: of Gurobi.
-        jobs: processes that share the rows.
+        time_limit, node_limit, gap_limit, jobs, seed: as of every ``LibrarySolver``.
     """
 
     name: ClassVar[str] = "gurobi"
-    group: ClassVar[Group] = Group.EXACT
     requires: ClassVar[tuple[str, ...]] = ("gurobipy",)
 
-    time_limit: float | None = None
-    node_limit: int | None = None
-    gap_limit: float = 1e-6
-    seed: int = 0
-    jobs: int = 1
-
-    def __post_init__(self) -> None:
-        check_limits(self.time_limit, self.node_limit, self.gap_limit)
-        check_jobs(self.jobs)
-
-    def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
-        """Solve row by row."""
-        return solve_rows(problem, init, budget, self._solve_row, self.jobs)
-
-    def _solve_row(self, program: RowProgram, start: BoolArray, deadline: float) -> RowResult:
-        deadline = row_deadline(deadline, self.time_limit)
-        reduced, inner, threshold = thinned(program, start)
-        scaled = reduced.program
-        if scaled.size == 0:
-            return settled(program, reduced, start, threshold)
+    def claim(self, program: RowProgram, start: BoolArray, deadline: float) -> Claim:
+        """Build the model of one program, run it and read what it says."""
         library: Any = importlib.import_module("gurobipy")
-        shape = factored(scaled, deadline)
+        shape = factored(program, deadline)
         with library.Env(params={"OutputFlag": 0}) as environment, library.Model(env=environment) as model:
             for name, value in (
                 ("Threads", 1),
@@ -90,26 +64,23 @@ class Gurobi(Solver):
                 model.setParam(name, value)
             if deadline != float("inf"):
                 model.setParam("TimeLimit", max(0.01, deadline - time.monotonic()))
-            x = model.addMVar(scaled.size, vtype=library.GRB.BINARY)
-            x.Start = inner.astype(np.float64)
-            for begin, end, count in zip(scaled.starts[:-1], scaled.starts[1:], scaled.counts, strict=True):
+            x = model.addMVar(program.size, vtype=library.GRB.BINARY)
+            x.Start = start.astype(np.float64)
+            for begin, end, count in zip(
+                program.starts[:-1], program.starts[1:], program.counts, strict=True
+            ):
                 model.addConstr(x[int(begin) : int(end)].sum() == float(count))
             model.setObjective(x @ shape.matrix() @ x + shape.linear @ x + shape.constant)
             model.optimize()
             if model.Status not in STATUS_MAP:
                 raise InvalidOutcomeError(
-                    f"solver gurobi on a row of {scaled.size} weights: expected one of the status codes "
+                    f"solver gurobi on a row of {program.size} weights: expected one of the status codes "
                     f"{', '.join(map(str, STATUS_MAP))}, found {model.Status}"
                 )
             found = start
             if model.SolCount > 0:
-                point = rounded(scaled, np.asarray(x.X, dtype=np.float64))
+                point = rounded(program, np.asarray(x.X, dtype=np.float64))
                 if point is not None:
-                    found = better(program, reduced.expand(point), start)
-            lower = min(safe_bound(float(model.ObjBound), shape.allowance), threshold)
-            return RowResult(
-                found,
-                float(np.nextafter(max(0.0, lower) * scaled.unit, 0.0)),
-                STATUS_MAP[model.Status],
-                {"nodes": float(model.NodeCount)},
-            )
+                    found = point
+            lower = safe_bound(float(model.ObjBound), shape.allowance)
+            return Claim(found, lower, STATUS_MAP[model.Status], float(model.NodeCount))

@@ -23,10 +23,8 @@ from typing import Any, ClassVar, final
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from ..errors import InputError, InvalidOutcomeError
-from ..problems.layer import LayerProblem
 from ..problems.row_program import BoolArray, FloatArray, RowProgram
 from .backends.factored import (
     FEASIBILITY_TOLERANCE,
@@ -34,11 +32,10 @@ from .backends.factored import (
     product_allowance,
     rounded,
     safe_bound,
-    settled,
 )
-from .base import Budget, Group, Outcome, Solver, Status
-from .bounds.presolve import thinned
-from .row_wise import RowResult, better, check_jobs, check_limits, row_deadline, solve_rows
+from .backends.library import Claim, LibrarySolver
+from .base import Status
+from .row_wise import better
 
 # Why HiGHS stopped, by the name of its model status.
 STATUS_MAP = {
@@ -61,58 +58,34 @@ Constraint = tuple[float, float, Iterable[int], Iterable[float]]
 
 @final
 @dataclass(frozen=True)
-class HiGHS(Solver):
+class HiGHS(LibrarySolver):
     """Branch and cut by HiGHS, row by row.
 
     Args:
         formulation: ``outer_approximation`` or ``mccormick``.
-        time_limit: seconds per row, None for no limit.
-        node_limit: nodes per row, None for no limit.
-        gap_limit: relative gap at which a row counts as finished.
-        seed: of HiGHS.
-        jobs: processes that share the rows.
+        time_limit, node_limit, gap_limit, jobs, seed: as of every ``LibrarySolver``.
     """
 
     name: ClassVar[str] = "highs"
-    group: ClassVar[Group] = Group.EXACT
     requires: ClassVar[tuple[str, ...]] = ("highspy",)
 
     formulation: str = "outer_approximation"
-    time_limit: float | None = None
-    node_limit: int | None = None
-    gap_limit: float = 1e-6
-    seed: int = 0
-    jobs: int = 1
 
     def __post_init__(self) -> None:
         if self.formulation not in FORMULATIONS:
             raise InputError(
                 f"formulation of highs: expected one of {', '.join(FORMULATIONS)}, found {self.formulation!r}"
             )
-        check_limits(self.time_limit, self.node_limit, self.gap_limit)
-        check_jobs(self.jobs)
+        super().__post_init__()
 
-    def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
-        """Solve row by row."""
-        return solve_rows(problem, init, budget, self._solve_row, self.jobs)
-
-    def _solve_row(self, program: RowProgram, start: BoolArray, deadline: float) -> RowResult:
-        deadline = row_deadline(deadline, self.time_limit)
-        reduced, inner, threshold = thinned(program, start)
-        scaled = reduced.program
-        if scaled.size == 0:
-            return settled(program, reduced, start, threshold)
-        model = _Model(self, scaled, deadline)
+    def claim(self, program: RowProgram, start: BoolArray, deadline: float) -> Claim:
+        """Build the model of one program, run it and read what it says."""
+        model = _Model(self, program, deadline)
         if self.formulation == "mccormick":
-            found, lower, status = _mccormick(model, inner)
+            found, lower, status = _mccormick(model, start)
         else:
-            found, lower, status = _outer_approximation(model, inner)
-        return RowResult(
-            better(program, reduced.expand(found), start),
-            float(np.nextafter(max(0.0, min(lower, threshold)) * scaled.unit, 0.0)),
-            status,
-            {"nodes": float(model.nodes)},
-        )
+            found, lower, status = _outer_approximation(model, start)
+        return Claim(found, lower, status, float(model.nodes))
 
 
 class _Model:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..problems.layer import LayerProblem
 from ..problems.row_program import BoolArray, RowProgram, row_program
-from .base import Budget, Outcome, Status, TracePoint
+from .base import Budget, Group, Outcome, Solver, Status, TracePoint
 from .scores import warm_start
 
 
@@ -44,19 +46,53 @@ def check_jobs(jobs: int) -> None:
         raise InputError(f"jobs counts processes: expected at least 1, found {jobs}")
 
 
-def check_limits(time_limit: float | None, node_limit: int | None, gap_limit: float) -> None:
-    """Raise ``InputError`` for limits of a row that no search can keep."""
-    if time_limit is not None and not time_limit >= 0:
-        raise InputError(f"time_limit is seconds per row: expected at least 0 or None, found {time_limit}")
-    if node_limit is not None and node_limit < 1:
-        raise InputError(f"node_limit counts nodes per row: expected at least 1 or None, found {node_limit}")
-    if not 0 <= gap_limit < 1:
-        raise InputError(f"gap_limit is a relative gap: expected 0 ≤ gap_limit < 1, found {gap_limit}")
+@dataclass(frozen=True)
+class RowSolver(Solver):
+    """An exact solver of one row at a time. Concrete solvers are final frozen dataclasses.
 
+    Args:
+        time_limit: seconds per row, None for no limit.
+        node_limit: nodes per row, None for no limit.
+        gap_limit: relative gap at which a row counts as finished.
+        jobs: processes that share the rows.
+    """
 
-def row_deadline(deadline: float, time_limit: float | None) -> float:
-    """When a row that starts now must stop."""
-    return deadline if time_limit is None else min(deadline, time.monotonic() + time_limit)
+    group: ClassVar[Group] = Group.EXACT
+
+    time_limit: float | None = None
+    node_limit: int | None = None
+    gap_limit: float = 1e-6
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        time_limit, node_limit, gap_limit = self.time_limit, self.node_limit, self.gap_limit
+        if time_limit is not None and not time_limit >= 0:
+            raise InputError(
+                f"time_limit is seconds per row: expected at least 0 or None, found {time_limit}"
+            )
+        if node_limit is not None and node_limit < 1:
+            raise InputError(
+                f"node_limit counts nodes per row: expected at least 1 or None, found {node_limit}"
+            )
+        if not 0 <= gap_limit < 1:
+            raise InputError(f"gap_limit is a relative gap: expected 0 ≤ gap_limit < 1, found {gap_limit}")
+        check_jobs(self.jobs)
+
+    @abstractmethod
+    def solve_row(self, program: RowProgram, start: BoolArray, deadline: float) -> RowResult:
+        """Solve one program at its original scale from the allowed selection ``start`` (n,).
+
+        ``deadline`` on ``time.monotonic()`` is that of the row, its time limit included.
+        """
+
+    def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
+        """Solve row by row."""
+        return solve_rows(problem, init, budget, self._limited, self.jobs)
+
+    def _limited(self, program: RowProgram, start: BoolArray, deadline: float) -> RowResult:
+        if self.time_limit is not None:
+            deadline = min(deadline, time.monotonic() + self.time_limit)
+        return self.solve_row(program, start, deadline)
 
 
 def solve_rows(

@@ -21,10 +21,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import numpy as np
-from torch import Tensor
 
 from ..errors import InputError, InvalidOutcomeError
-from ..problems.layer import LayerProblem
 from ..problems.row_program import BoolArray, RowProgram
 from .backends.factored import (
     FEASIBILITY_TOLERANCE,
@@ -33,11 +31,9 @@ from .backends.factored import (
     product_allowance,
     rounded,
     safe_bound,
-    settled,
 )
-from .base import Budget, Group, Outcome, Solver, Status
-from .bounds.presolve import thinned
-from .row_wise import RowResult, better, check_jobs, check_limits, row_deadline, solve_rows
+from .backends.library import Claim, LibrarySolver
+from .base import Status
 
 # Why SCIP stopped. `gaplimit` is success: limits/gap is the solver's gap_limit.
 STATUS_MAP = {
@@ -56,77 +52,53 @@ FORMULATIONS = ("qcr", "direct", "mccormick")
 
 @final
 @dataclass(frozen=True)
-class SCIP(Solver):
+class SCIP(LibrarySolver):
     """Branch and cut by SCIP, row by row.
 
     Args:
         formulation: ``qcr``, ``direct`` or ``mccormick``.
-        time_limit: seconds per row, None for no limit.
-        node_limit: nodes per row, None for no limit.
-        gap_limit: relative gap at which a row counts as finished.
-        seed: of SCIP's permutations.
-        jobs: processes that share the rows.
+        time_limit, node_limit, gap_limit, jobs, seed: as of every ``LibrarySolver``.
     """
 
     name: ClassVar[str] = "scip"
-    group: ClassVar[Group] = Group.EXACT
     requires: ClassVar[tuple[str, ...]] = ("pyscipopt",)
 
     formulation: str = "qcr"
-    time_limit: float | None = None
-    node_limit: int | None = None
-    gap_limit: float = 1e-6
-    seed: int = 0
-    jobs: int = 1
 
     def __post_init__(self) -> None:
         if self.formulation not in FORMULATIONS:
             raise InputError(
                 f"formulation of scip: expected one of {', '.join(FORMULATIONS)}, found {self.formulation!r}"
             )
-        check_limits(self.time_limit, self.node_limit, self.gap_limit)
-        check_jobs(self.jobs)
+        super().__post_init__()
 
-    def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
-        """Solve row by row."""
-        return solve_rows(problem, init, budget, self._solve_row, self.jobs)
-
-    def _solve_row(self, program: RowProgram, start: BoolArray, deadline: float) -> RowResult:
-        deadline = row_deadline(deadline, self.time_limit)
-        reduced, inner, threshold = thinned(program, start)
-        scaled = reduced.program
-        if scaled.size == 0:
-            return settled(program, reduced, start, threshold)
+    def claim(self, program: RowProgram, start: BoolArray, deadline: float) -> Claim:
+        """Build the model of one program, run it and read what it says."""
         library = importlib.import_module("pyscipopt")
         model = library.Model()
         model.hideOutput()
-        x = [model.addVar(vtype="B", name=f"x{j}") for j in range(scaled.size)]
-        for begin, end, count in zip(scaled.starts[:-1], scaled.starts[1:], scaled.counts, strict=True):
+        x = [model.addVar(vtype="B", name=f"x{j}") for j in range(program.size)]
+        for begin, end, count in zip(program.starts[:-1], program.starts[1:], program.counts, strict=True):
             model.addCons(library.quicksum(x[begin:end]) == int(count))
         build = {"qcr": _qcr, "direct": _direct, "mccormick": _mccormick}[self.formulation]
-        allowance, auxiliary = build(library, model, x, scaled, inner, deadline)
-        _warm_start(model, x, inner, auxiliary)
+        allowance, auxiliary = build(library, model, x, program, start, deadline)
+        _warm_start(model, x, start, auxiliary)
         self._set_limits(model, deadline)
         model.optimize()
         status = model.getStatus()
         if status not in STATUS_MAP:
             raise InvalidOutcomeError(
-                f"solver scip on a row of {scaled.size} weights: expected one of the statuses "
+                f"solver scip on a row of {program.size} weights: expected one of the statuses "
                 f"{', '.join(STATUS_MAP)}, found {status!r}"
             )
         found = start
         if model.getNSols() > 0:
             best = model.getBestSol()
-            point = rounded(scaled, np.array([model.getSolVal(best, variable) for variable in x]))
+            point = rounded(program, np.array([model.getSolVal(best, variable) for variable in x]))
             if point is not None:
-                found = better(program, reduced.expand(point), start)
-        lower = min(safe_bound(float(model.getDualbound()), allowance), threshold)
-        return RowResult(
-            found,
-            float(np.nextafter(max(0.0, lower) * scaled.unit, 0.0)),
-            STATUS_MAP[status],
-            {"nodes": float(model.getNTotalNodes())},
-        )
+                found = point
+        lower = safe_bound(float(model.getDualbound()), allowance)
+        return Claim(found, lower, STATUS_MAP[status], float(model.getNTotalNodes()))
 
     def _set_limits(self, model: Any, deadline: float) -> None:
         model.setParam("numerics/feastol", FEASIBILITY_TOLERANCE)

@@ -1,15 +1,15 @@
 """One diagonal per row, on the channels where the row is fractional: the strongest bound of wide layers.
 
 In the layer's normalised form (`relaxed_rows`) a diagonal ``δ`` with ``R - Diag(δ) ⪰ 0`` pays where the
-relaxed row is fractional, ``c_j = y_j² x_j (1 - x_j)``, and rows differ in where that is: a diagonal shared by
-hundreds of rows hardly pays at all. With δ zero outside a set F of channels,
+relaxed row is fractional, ``c_j = y_j² x_j (1 - x_j)``, and rows differ in where that is: a diagonal shared
+by hundreds of rows hardly pays at all. With δ zero outside a set F of channels,
 
     R - Diag(δ) ⪰ 0   if and only if   M_F - Diag(δ_F) ⪰ 0,    M_F = ((R⁻¹)_FF)⁻¹  (the Schur complement)
 
 so after one inverse per layer the best diagonal for the most fractional channels of a row is a problem of the
 size of F (`max_trace`), whatever the width of the layer. One Cholesky factorisation of ``R - Diag(δ)`` in
-float64 then proves it; rows whose diagonal fails are not bounded with it. The rows are relaxed in batches that
-share R.
+float64 then proves it; rows whose diagonal fails are not bounded with it. The rows are relaxed in batches
+that share R.
 
 Covers per-row and N:M patterns and drift. Rows never end below the `corr_eigenvalue` tier, nor below the
 `naive` one by more than its precision.
