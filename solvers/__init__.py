@@ -12,6 +12,7 @@ from .dsnot import DSnoT
 from .enumeration import Enumeration
 from .greedy import Greedy
 from .gurobi import Gurobi
+from .held_out_stop import HeldOutStop
 from .highs import HiGHS
 from .iterated_local_search import IteratedLocalSearch
 from .one_swap import OneSwap
@@ -41,6 +42,7 @@ __all__ = [
     "Greedy",
     "Group",
     "Gurobi",
+    "HeldOutStop",
     "HiGHS",
     "IteratedLocalSearch",
     "LayerBound",

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import Step, Stream, can_skip, experts_one_by_one, residual_writers, steps_of
+from .dense_outputs import DenseOutputs
 from .errors import InputError, InvalidModelError, InvalidProblemError
 from .gradients import gradient_moments
 from .masks import pack_mask, unpack_bytes
@@ -31,7 +32,18 @@ from .objective import Objective
 from .problems import Drift, Gram, GramAccumulator, LayerProblem, output_metric
 from .problems.pattern import LayerBudget, Pattern, parse_pattern
 from .records import LayerRecord, RunDatabase
-from .solvers import Budget, Group, Outcome, RowSweeps, Solution, Solver, Status, solve
+from .solvers import (
+    Budget,
+    Group,
+    HeldOutStop,
+    OneSwap,
+    Outcome,
+    RowSweeps,
+    Solution,
+    Solver,
+    Status,
+    solve,
+)
 
 # Tokens per forward call: enough to keep a processor busy, few enough for its memory.
 TOKENS_PER_BATCH = 8192
@@ -216,6 +228,30 @@ def pattern_of_layer(layer: PrunableLayer, pattern: str | Mapping[str, str]) -> 
 
 
 @dataclass(frozen=True, eq=False)
+class _Solved:
+    """A layer's problem and what came out, before it is applied."""
+
+    problem: LayerProblem
+    warm: Solution
+    solution: Solution
+    strength: float
+    fallback: str
+
+
+def _split(windows: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Windows for the Gram matrices, and evenly spread ones that are held out."""
+    count = round(share * len(windows))
+    if share and not 0 < count < len(windows):
+        raise InputError(
+            f"held-out share {share:g} of {len(windows)} calibration windows: expected at least one on each "
+            f"side, found {count} held out"
+        )
+    out = torch.zeros(len(windows), dtype=torch.bool)
+    out[torch.linspace(0, len(windows) - 1, count).round().long()] = True
+    return windows[~out], windows[out]
+
+
+@dataclass(frozen=True, eq=False)
 class _Job:
     """One run of ``prune_layers``."""
 
@@ -247,9 +283,14 @@ class _Job:
                 max(1, batch_size_for(calibration.shape[1]) // 2),
                 report=lambda done, total: self.progress.stage("output metric", done, total),
             )
+        calibration, checks = _split(calibration, self.objective.held_out_share)
+        outputs = None
+        if len(self.objective.strengths()) > 1:
+            outputs = DenseOutputs(self.model, checks, batch_size_for(checks.shape[1]))
         flow = self._flow(calibration, skip)
         held_out_flow = None if held_out is None else self._flow(held_out, skip)
-        flows = [flow] if held_out_flow is None else [flow, held_out_flow]
+        check_flow = self._flow(checks, skip) if self.objective.held_out else None
+        flows = [each for each in (flow, held_out_flow, check_flow) if each is not None]
         masks: dict[str, Tensor] = {}
         for block in self.blocks:
             dense = {layer.name: layer.weight.clone() for layer in block.layers}
@@ -259,7 +300,14 @@ class _Job:
             if one_shot:
                 steps = [Step(tuple(group for step in steps for group in step.inputs))] if steps else []
             for step in steps:
-                masks |= self._prune_step(block, step, flow, held_out_flow, dense, one_shot, writers, moments)
+                sums = None
+                if one_shot or not all(self._is_known(layer) for layer in step.layers):
+                    sums = [
+                        {} if each is None else self._gather(block, step, each, dense, one_shot, writers)
+                        for each in (flow, held_out_flow, check_flow)
+                    ]
+                for group in step.inputs:
+                    masks |= self._prune_group(group, sums, moments, outputs)
             for each in flows:
                 if not (one_shot and steps):
                     for batch in range(len(each.pruned)):
@@ -281,46 +329,78 @@ class _Job:
             else None,
         )
 
-    def _prune_step(
+    def _prune_group(
         self,
-        block: Block,
-        step: Step,
-        flow: _Flow,
-        held_out_flow: _Flow | None,
-        dense: dict[str, Tensor],
-        advance: bool,
-        writers: Sequence[PrunableLayer],
+        group: Sequence[PrunableLayer],
+        sums: Sequence[dict[str, GramAccumulator]] | None,
         moments: dict[str, Tensor],
+        outputs: DenseOutputs | None,
     ) -> dict[str, Tensor]:
-        """Masks of the layers of one step, applied and recorded."""
-        known = {layer.name: self._known_mask(layer) for layer in step.layers}
-        held_out_sums: dict[str, GramAccumulator] = {}
-        if all(mask is not None for mask in known.values()) and not advance:
-            sums: dict[str, GramAccumulator] = {}
-        else:
-            sums = self._gather(block, step, flow, dense, advance, writers)
-            if held_out_flow is not None:
-                held_out_sums = self._gather(block, step, held_out_flow, dense, advance, writers)
+        """Masks of layers with one input, applied and recorded.
+
+        Args:
+            group: the layers.
+            sums: of calibration, held-out text and held-out windows, by the name of a group's first layer;
+                None where all layers are finished.
+            moments: of output gradients by layer; used ones are taken out.
+            outputs: of the dense model on held-out windows, where the strength of the drift is chosen.
+        """
         masks: dict[str, Tensor] = {}
-        for group in step.inputs:
-            name = group[0].name
-            for layer in group:
-                mask = known[layer.name]
-                if mask is None:
-                    mask, weight = self._prune_layer(
-                        layer, sums[name], held_out_sums.get(name), moments.pop(layer.name, None)
-                    )
-                else:
-                    weight = self._known_weight(layer)
-                layer.write(
-                    layer.weight.masked_fill(~mask.to(layer.weight.device), 0) if weight is None else weight
-                )
-                masks[layer.name] = mask.cpu()
+        todo = []
+        for layer in group:
+            mask = self._known_mask(layer)
+            if mask is None:
+                todo.append(layer)
+                continue
+            weight = self._known_weight(layer)
+            self._write(layer, mask, weight)
+            masks[layer.name] = mask
+        if not todo or sums is None:
+            return masks
+        calibration, held_out, checks = (each.get(group[0].name) for each in sums)
+        if calibration is None:
+            raise InvalidModelError(f"layer {group[0].name}: expected its inputs, found none")
+        begin = time.perf_counter()
+        for layer in todo:
+            self.progress.layer_started(layer.name)
+        tried: list[tuple[float, list[_Solved]]] = []
+        own = {layer.name: moments.pop(layer.name, None) for layer in todo}
+        strengths = self.objective.strengths() if calibration.has_drift else (0.0,)
+        for strength in strengths:
+            found = [
+                self._solve_layer(layer, calibration, own[layer.name], strength, checks) for layer in todo
+            ]
+            loss = 0.0
+            if outputs is not None and len(strengths) > 1:
+                before = [layer.weight.clone() for layer in todo]
+                for layer, solved in zip(todo, found, strict=True):
+                    self._write(layer, solved.solution.mask, solved.solution.weight)
+                loss = outputs.total(self.model)
+                for layer, weight in zip(todo, before, strict=True):
+                    layer.write(weight)
+            tried.append((loss, found))
+        _, best = min(tried, key=lambda each: each[0])
+        seconds = (time.perf_counter() - begin) / len(todo)
+        for layer, solved in zip(todo, best, strict=True):
+            masks[layer.name] = self._finish(layer, solved, calibration, held_out, seconds)
         return masks
+
+    @staticmethod
+    def _write(layer: PrunableLayer, mask: Tensor, weight: Tensor | None) -> None:
+        device = layer.weight.device
+        if weight is None:
+            layer.write(layer.weight.masked_fill(~mask.to(device), 0))
+        else:
+            layer.write(weight.to(device, layer.weight.dtype))
+
+    def _is_known(self, layer: PrunableLayer) -> bool:
+        if self.masks is not None:
+            return self.record.updated_weight(layer.name) is not None
+        return self.record.packed_mask(layer.name) is not None
 
     def _known_mask(self, layer: PrunableLayer) -> Tensor | None:
         packed = self.record.packed_mask(layer.name)
-        if packed is None or (self.masks is not None and self.record.updated_weight(layer.name) is None):
+        if packed is None or not self._is_known(layer):
             return None
         mask = unpack_bytes(packed, layer.weight.shape)
         for finished in self.record.layers():
@@ -401,31 +481,44 @@ class _Job:
                     flow.dense.observe(batch, leaders, pair, False, alone, pair_stream)
         return sums
 
-    def _prune_layer(
+    def _solve_layer(
         self,
         layer: PrunableLayer,
         sums: GramAccumulator,
-        held_out_sums: GramAccumulator | None,
         moment: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Mask of a layer, and its kept weights if the solver changes them."""
-        self.progress.layer_started(layer.name)
-        begin = time.perf_counter()
+        strength: float,
+        checks: GramAccumulator | None,
+    ) -> _Solved:
+        """The layer's problem at one strength of the drift, and its solution."""
         fallback = ""
         if sums.tokens == 0:
             fallback = "no token reached the layer: inputs taken as uncorrelated, which is magnitude"
-        problem = self._problem(layer, sums, moment)
+        problem = self._problem(layer, sums, moment, strength)
         if self.objective.metric and problem.metric is None and not fallback:
             fallback = "no gradient reaches the layer's output: no output metric"
         solver = self.solver
         if problem.metric is not None and not solver.metric:
             solver = RowSweeps(solver, self.objective.sweeps)
+        if checks is not None and checks.tokens and isinstance(solver, OneSwap):
+            solver = HeldOutStop(self._problem(layer, checks, None, strength), solver)
         start = self.start if self.masks is None else Given(self.masks[layer.name])
         warm = solve(problem, start)
         if solver.group is Group.SCORE:
             solution = solve(problem, solver)
         else:
             solution = solve(problem, solver, init=warm, budget=Budget())
+        return _Solved(problem, warm, solution, strength, fallback)
+
+    def _finish(
+        self,
+        layer: PrunableLayer,
+        solved: _Solved,
+        sums: GramAccumulator,
+        held_out_sums: GramAccumulator | None,
+        seconds: float,
+    ) -> Tensor:
+        """Apply and record a solution; returns the mask, on the CPU."""
+        problem, warm, solution = solved.problem, solved.warm, solved.solution
         norm = float(problem.output_norms().sum())
         plain = replace(problem, gram=sums.gram(), drift=None, metric=None) if sums.tokens else problem
         held_out_start = held_out_error = None
@@ -456,16 +549,20 @@ class _Job:
             swaps=_swaps(solution),
             certified_rows=None if certified is None else int(certified.sum()),
             status=str(solution.status),
-            seconds=time.perf_counter() - begin,
-            fallback=fallback,
+            seconds=seconds,
+            fallback=solved.fallback,
+            drift=solved.strength,
         )
         weight = None if solution.weight is None else solution.weight.to(layer.weight.dtype)
         stored = None if weight is None else weight.contiguous().cpu().view(torch.uint8).numpy().tobytes()
         self.record.add_layer(finished, pack_mask(mask).numpy().tobytes(), stored)
+        self._write(layer, mask, weight)
         self._report(finished)
-        return mask, weight
+        return mask
 
-    def _problem(self, layer: PrunableLayer, sums: GramAccumulator, moment: Tensor | None) -> LayerProblem:
+    def _problem(
+        self, layer: PrunableLayer, sums: GramAccumulator, moment: Tensor | None, strength: float
+    ) -> LayerProblem:
         weight = layer.weight.clone()
         pattern = pattern_of_layer(layer, self.pattern)
         if sums.tokens == 0:
@@ -478,7 +575,7 @@ class _Job:
             drift = Drift.from_sums(
                 weight,
                 sums,
-                self.objective.drift,
+                strength,
                 self.objective.residual if sums.has_residual else 0.0,
                 covariance=metric is not None,
             )

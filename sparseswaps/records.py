@@ -39,6 +39,7 @@ class LayerRecord:
         swaps: swaps in all; certified_rows: rows with a 1-swap certificate, None if unknown.
         status: why the solver stopped; seconds: its wall-clock time.
         fallback: empty, or why another rule chose the mask.
+        drift: strength of the drift in the objective.
     """
 
     name: str
@@ -62,6 +63,7 @@ class LayerRecord:
     status: str
     seconds: float
     fallback: str = ""
+    drift: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .allocation import Allocation, allocate, check_allocation
 from .calibration import Windows, calibration_windows, evaluation_windows
+from .dense_outputs import DenseOutputs
 from .errors import InputError, InvalidFileError, InvalidTextError
 from .evaluation import is_causal, mean_cosine, perplexity, pooled_embeddings
 from .masks import MASK_FILE, LayerMask, layer_mask, load_masks, require_verified, save_masks, verify_model
@@ -39,7 +40,7 @@ from .objective import Objective
 from .pipeline import Mode, Progress, Silent, batch_size_for, check_options, prune_layers
 from .problems.pattern import parse_pattern
 from .records import LayerRecord, RunDatabase
-from .refinement import DenseOutputs, check_refinement, refine_masks
+from .refinement import check_refinement, refine_masks
 from .solvers import Group, OneSwap, Solver, Wanda
 
 RECORD_FILE = "record.sqlite"

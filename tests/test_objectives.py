@@ -278,3 +278,53 @@ def test_allocated_models_keep_the_budget(rule: Allocation, tmp_path: Path) -> N
     assert report.sparsity >= 0.5 - 1e-12
     sparsities = {layer.sparsity for layer in report.layers}
     assert (len(sparsities) == 1) == (rule is Allocation.UNIFORM)
+
+
+def test_rows_stop_where_held_out_data_say_so() -> None:
+    """Few tokens: the held-out error of no row is above its warm start's, and of some below 1-swap's."""
+    problem = ss.synthetic_layer("correlated", 12, 32, "0.5", seed=1)
+    inputs = ss.synthetic_activations("correlated", 32, 400, 1)
+    few, many = ss.GramAccumulator(32), ss.GramAccumulator(32)
+    few.update(inputs[:24])
+    many.update(inputs[24:])
+    scarce = replace(problem, gram=few.gram())
+    held_out = replace(problem, gram=many.gram())
+    start = ss.solve(scarce, ss.Wanda())
+    full = ss.solve(scarce, ss.OneSwap(), init=start)
+    stopped = ss.solve(scarce, ss.HeldOutStop(held_out, first=1), init=start)
+    before, plain = held_out.row_objectives(start.mask), held_out.row_objectives(full.mask)
+    after = held_out.row_objectives(stopped.mask)
+    assert bool((after <= before).all())
+    assert int(stopped.stats["stopped"].sum()) > 0
+    assert float(after.sum()) < float(plain.sum())
+    # the calibration error may only have fallen as well
+    assert bool((stopped.row_objectives <= start.row_objectives).all())
+    # with itself as held-out data nothing stops early, and the end is a 1-swap optimum
+    same = ss.solve(scarce, ss.HeldOutStop(scarce), init=start)
+    assert int(same.stats["stopped"].sum()) == 0
+    assert same.status is ss.Status.LOCAL_OPTIMUM
+    with pytest.raises(ss.InvalidProblemError, match="same weight"):
+        ss.solve(scarce, ss.HeldOutStop(held_out.slice_rows(slice(0, 3))))
+
+
+@pytest.mark.parametrize("objective", ["drift=auto,residual=0.5", "held_out=0.25", "drift=auto,metric"])
+def test_objectives_that_hold_windows_out(objective: str, tmp_path: Path) -> None:
+    source = tiny_models.save("llama", tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(tiny_models.text(2000))
+    report = prune(
+        source,
+        "0.5",
+        calibration=tmp_path / "text.txt",
+        samples=16,
+        length=32,
+        objective=objective,
+        out=tmp_path / "pruned",
+    )
+    assert report.objective == objective
+    strengths = {layer.drift for layer in report.layers}
+    assert strengths <= {0.25, 0.5, 0.75, 1.0} if "auto" in objective else strengths == {0.0}
+    # the windows that are held out are in no Gram matrix
+    share = 0.25 if "held_out" in objective else 0.125
+    assert {layer.tokens for layer in report.layers} == {int(16 * (1 - share)) * 32}
+    with pytest.raises(ss.InputError, match="expected at least one on each side"):
+        prune(source, calibration=tmp_path / "text.txt", samples=2, length=32, objective="held_out=0.2")

@@ -9,12 +9,13 @@ import tiny_models
 import torch
 
 import sparseswaps as ss
+from sparseswaps.dense_outputs import DenseOutputs
 from sparseswaps.gradients import gradient_moments
 from sparseswaps.masks import apply_masks, load_masks, verify_model
 from sparseswaps.models import find_blocks, load_model
 from sparseswaps.pipeline import Mode, prune_layers
 from sparseswaps.records import RunDatabase
-from sparseswaps.refinement import DenseOutputs, refine_masks
+from sparseswaps.refinement import refine_masks
 from sparseswaps.run import prune
 
 
