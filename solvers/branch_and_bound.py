@@ -4,8 +4,8 @@ A row goes through these stages and stops as soon as it is proven:
 
 1. an incumbent from iterated local search;
 2. the QCR split (`bounds.qcr`), reduced-cost fixing until nothing more is fixed, and a short search;
-3. the doubly nonnegative split (`bounds.dnn`) of what is left and a short search, then the same with triangle
-   inequalities as cuts, which halve its gap, and a long one;
+3. the doubly nonnegative split (`bounds.dnn`) of what is left and a short search, then twice a longer look
+   for an incumbent, the split with triangle inequalities as cuts, which halve its gap, and a longer search;
 4. where that is not enough, best first over parts of the program, divided at the variable that the relaxation
    leaves most open, each with fixing, a split and a search of its own.
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, final
 
 import numpy as np
@@ -46,9 +46,11 @@ WORK_PER_SLICE = 5_000_000
 # Nodes of the search with the QCR split before the doubly nonnegative split is worth its time.
 QCR_NODES = 1500
 # Steps of the doubly nonnegative iteration with cuts and nodes of the search in each round.
-DNN_ROUNDS = ((0, 1_500), (360, 100_000))
+DNN_ROUNDS = ((0, 1_500), (360, 30_000), (400, 400_000))
 # The same for each part, once the program is divided.
 PART_STEPS, PART_NODES = 60, 15_000
+# Kicks and their strength in the second search for an incumbent, before a split with cuts.
+MORE_KICKS, MORE_STRENGTH = 1500, 32
 UNLIMITED = np.iinfo(np.int64).max
 
 
@@ -77,7 +79,13 @@ class BranchAndBound(RowSolver):
         found = better(program, found, start)
         scaled = program.rescaled(found)
         # a tenth of the limit is left for rounding: the gap that is computed in the end is within it
-        proof = _Proof(scaled, found, 0.9 * self.gap_limit, self.node_limit, deadline)
+        again = replace(
+            self.incumbent,
+            kicks=max(self.incumbent.kicks, MORE_KICKS),
+            strength=max(self.incumbent.strength, MORE_STRENGTH),
+            seed=self.incumbent.seed + 1,
+        )
+        proof = _Proof(scaled, found, again, 0.9 * self.gap_limit, self.node_limit, deadline)
         status = proof.run()
         best = better(program, proof.best, found)
         return RowResult(
@@ -95,12 +103,14 @@ class _Proof:
         self,
         program: RowProgram,
         incumbent: BoolArray,
+        again: IteratedLocalSearch,
         gap_limit: float,
         node_limit: int | None,
         deadline: float,
     ) -> None:
         self.program = program
         self.best = incumbent
+        self.again = again
         self.upper = program.objective(incumbent)
         self.bound = -np.inf
         self.gap_limit = gap_limit
@@ -134,6 +144,9 @@ class _Proof:
         for steps, nodes in DNN_ROUNDS:
             if stopped := self._stopped():
                 return stopped
+            if steps:
+                # rows that come this far are hard: a better incumbent pays in everything that follows
+                self._offer(self.again.improve(self.program, self.best))
             if self._search(self._doubly_nonnegative(steps), nodes):
                 return self._proven()
         return self._divide()
