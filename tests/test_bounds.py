@@ -236,6 +236,8 @@ def test_any_solution_can_be_checked_against_a_bound() -> None:
     assert true_gap <= found.gap(problem, wanda.mask) <= 1
     assert bool((found.row_gaps(problem, best) < 0.2).all())
     assert found.gap(problem, best) < found.gap(problem, wanda)
+    with pytest.raises(InputError, match="channels is a count"):
+        RowSplit(channels=0)
     with pytest.raises(InputError, match="unknown bound"):
         ss.bound(problem, "simplex")
 

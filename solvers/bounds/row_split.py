@@ -24,6 +24,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from ...errors import InputError
 from ...problems.layer import LayerProblem
 from .layer_tier import LayerTier
 from .max_trace import max_trace_diagonal
@@ -41,6 +42,8 @@ DIAGONAL_SHARE = 0.6
 RIDGE = 1e-7
 # What y² itself weighs against where the row is fractional: the next relaxation is fractional elsewhere too.
 ELSEWHERE = 0.5
+# Channels of narrow layers whose diagonal is searched: what a core does in some tenths of a second.
+FEWEST_CHANNELS = 320
 # Channels below this share of the most fractional one count as settled.
 SETTLED = 1e-6
 
@@ -51,7 +54,8 @@ class RowSplit(LayerTier):
     """Bound of all rows with one diagonal per row (see the module).
 
     Args:
-        channels: most channels of a row whose diagonal is searched; the effort grows with the third power.
+        channels: most channels of a row whose diagonal is searched, None for a fifth of them and at least
+            320; the effort grows with the third power.
         steps: most gradient steps of a relaxation.
         precision: relative duality gap of a relaxation and of the search for a diagonal.
         dtype: of the gradient steps, ``float32`` or ``float64``; the bound is computed in float64.
@@ -59,10 +63,14 @@ class RowSplit(LayerTier):
 
     name: ClassVar[str] = "row-split"
 
-    channels: int = 320
+    channels: int | None = None
     steps: int = 400
     precision: float = 1e-3
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.channels is not None and self.channels < 1:
+            raise InputError(f"channels is a count: expected at least 1 or None, found {self.channels}")
 
     def bound_rows(self, problem: LayerProblem, deadline: float) -> Tensor:
         """Relax once, find the diagonal of each row, relax again; keep the better bound of each row."""
@@ -117,7 +125,8 @@ class RowSplit(LayerTier):
         self, convex: Tensor, inverse: Tensor, energy: Tensor, spread: Tensor, deadline: float
     ) -> Tensor | None:
         """The diagonal of one row (cols,), None where there is none to take or its proof fails."""
-        chosen = spread.topk(min(self.channels, len(spread))).indices
+        most = self.channels or max(FEWEST_CHANNELS, len(spread) // 5)
+        chosen = spread.topk(min(most, len(spread))).indices
         chosen = chosen[spread[chosen] > SETTLED * spread.max()].sort().values
         if not len(chosen):
             return None
