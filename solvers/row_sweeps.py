@@ -59,6 +59,12 @@ class RowSweeps(Solver):
                 f"{self.batches}"
             )
 
+        if self.solver.group is Group.WEIGHT_UPDATE:
+            raise InputError(
+                "sweeps over rows choose masks: expected a solver that keeps the weights, "
+                f"found {self.solver!r}"
+            )
+
     @property
     def group(self) -> Group:  # type: ignore[override]  # depends on the member
         """The group of the rows' solver."""

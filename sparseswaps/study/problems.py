@@ -243,7 +243,8 @@ def sub_problem(problem: LayerProblem, rows: np.ndarray, columns: slice, pattern
     weight = problem.weight[index][:, columns]
     gram = problem.gram
     if weight.shape[1] < problem.cols:
-        gram = Gram(problem.gram.matrix[columns, columns].clone(), problem.gram.tokens)
+        mean = None if gram.mean is None else gram.mean[columns].clone()
+        gram = Gram(gram.matrix[columns, columns].clone(), gram.tokens, mean)
         if problem.drift is not None:
             raise InputError(f"layer {problem.name}: expected no drift where columns are chosen, found some")
     chosen = problem.slice_rows(index)
@@ -256,6 +257,8 @@ def _identity(problem: LayerProblem) -> str:
     tensors = [problem.weight, problem.gram.matrix]
     if problem.drift is not None:
         tensors += [problem.drift.linear, problem.drift.constant]
+    if problem.metric is not None:
+        tensors.append(problem.metric)
     for tensor in tensors:
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
