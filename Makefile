@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test check docs format clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,8 +21,11 @@ check: .venv/ready  ## style, types and layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv/ready  ## the site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 format: .venv/ready  ## let ruff format the code
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv demo-report dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-report dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

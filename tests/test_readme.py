@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import re
-import shlex
-import sys
 import tomllib
 from pathlib import Path
 
+import documents
 import pytest
-import tiny_models
-import torch
 
 import sparseswaps as ss
-import sparseswaps.cli
 from sparseswaps.study import build_report, parse_study, plan_study, run_study
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+README = (documents.ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return [content for _, content in documents.blocks(README, language)]
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the model and the texts that the README speaks of."""
-    tiny_models.save("llama", tmp_path / "path" / "to" / "model", torch.float16)
-    # windows of 64 tokens: at least the 128 that are asked for
-    (tmp_path / "text.txt").write_text(tiny_models.text(10_000))
-    (tmp_path / "other.txt").write_text(tiny_models.text(2_000, seed=1))
+    documents.make_home(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -58,33 +50,23 @@ def test_study(home: Path) -> None:
     assert len(text.strip().splitlines()) + 2 < 10
 
 
-def test_commands(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {"MODEL": "path/to/model", "c4": "text.txt", "wikitext2-test": "other.txt"}
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("sparseswaps")]
+def test_commands(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = 0
-    for line in lines:
-        words = [names.get(word, word) for word in shlex.split(line, comments=True)]
-        if words[1] == "study":  # needs files that are not here, or is run above
+    for line in (line for block in blocks("sh") for line in documents.commands(block)):
+        if line.split()[1] == "study":  # needs files that are not here, or is run above
             continue
-        monkeypatch.setattr(sys, "argv", words)
-        code = 0
-        try:
-            sparseswaps.cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        assert code == 0, (line, captured.err)
+        documents.run_command(line, monkeypatch)
         ran += 1
     assert ran >= 11
 
 
 def test_files_that_it_links_to_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert "://" in target or (ROOT / target).exists(), target
+        assert "://" in target or (documents.ROOT / target).exists(), target
 
 
 def test_study_files_of_the_project_are_valid(shared_data: Path) -> None:
-    for file in sorted((ROOT / "reports" / "studies").glob("*.toml")):
+    for file in sorted((documents.ROOT / "reports" / "studies").glob("*.toml")):
         assert len(plan_study(file).units) > 0, file
 
 

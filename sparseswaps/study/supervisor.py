@@ -26,8 +26,8 @@ from .execute import failed, from_json
 
 # Seconds between two looks at a unit's memory.
 POLL = 0.02
-# Seconds in which a child must have imported what it needs.
-START_LIMIT = 120.0
+# Seconds in which a child must have imported what it needs, on a machine that does other things too.
+START_LIMIT = 600.0
 # Characters of standard error that a failure quotes.
 QUOTE = 300
 
