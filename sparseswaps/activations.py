@@ -120,21 +120,31 @@ class Stream:
             return
 
     @contextmanager
-    def _cut_after(self, batch: int, keep: bool) -> Iterator[None]:
-        """Finished blocks return what is stored; the model stops after the current one."""
-        if not self._skip:
-            yield
-            return
+    def recalled(self, batch: int) -> Iterator[None]:
+        """Finished blocks return what they returned before for this batch; the others run as ever."""
         device = next(self._model.parameters()).device
         stored = self._stored[batch]
-        current = self.current
-        original = current.module.forward
 
         def recall(stack: int) -> Callable[..., Any]:
             # copies, because the model may write into what a block returns
             return lambda *_, **__: pytree.tree_map_only(
                 torch.Tensor, lambda t: t.to(device, copy=True), stored[stack]
             )
+
+        with ExitStack() as replaced:
+            for block in self._blocks[: self._done] if self._skip else ():
+                replaced.enter_context(forward_replaced(block.module, recall(block.stack)))
+            yield
+
+    @contextmanager
+    def _cut_after(self, batch: int, keep: bool) -> Iterator[None]:
+        """Finished blocks return what is stored; the model stops after the current one."""
+        if not self._skip:
+            yield
+            return
+        stored = self._stored[batch]
+        current = self.current
+        original = current.module.forward
 
         def last(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
@@ -143,10 +153,7 @@ class Stream:
                 stored[current.stack] = pytree.tree_map_only(torch.Tensor, lambda t: t.cpu(), output)
             raise _Stop
 
-        with ExitStack() as replaced:
-            for block in self._blocks[: self._done]:
-                replaced.enter_context(forward_replaced(block.module, recall(block.stack)))
-            replaced.enter_context(forward_replaced(current.module, last))
+        with self.recalled(batch), forward_replaced(current.module, last):
             yield
 
 

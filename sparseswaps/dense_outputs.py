@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .activations import Stream
 from .gradients import embeddings_of, logits_of
 from .models import forward_inputs
 
@@ -26,6 +28,7 @@ class DenseOutputs:
     """
 
     def __init__(self, model: nn.Module, windows: Tensor, batch_size: int) -> None:
+        self.batch_size = batch_size
         self._batches = torch.split(windows, batch_size)
         self._head: Any = getattr(model, "get_output_embeddings", lambda: None)()
         self._kept: list[Tensor] = []
@@ -59,10 +62,13 @@ class DenseOutputs:
             dense = self._head(kept).float().log_softmax(-1) if self._from_head else kept.float()
         return (dense.exp() * (dense - logits.float().log_softmax(-1))).sum()
 
-    def total(self, model: nn.Module) -> float:
-        """The loss of ``model`` on all windows."""
-        with torch.no_grad():
-            return sum(float(self.loss(model, batch)) for batch in range(len(self)))
+    def total(self, model: nn.Module, stream: Stream | None = None) -> float:
+        """The loss of ``model`` on all windows; ``stream``, of the same batches, recalls finished blocks."""
+        total = 0.0
+        for batch in range(len(self)):
+            with torch.no_grad(), nullcontext() if stream is None else stream.recalled(batch):
+                total += float(self.loss(model, batch))
+        return total
 
     def _forward(self, model: nn.Module, batch: Tensor) -> tuple[Tensor | None, Any]:
         seen: list[Tensor] = []

@@ -63,7 +63,8 @@ def gradient_moments(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
-        stack.enter_context(no_weight_gradients(model, blocks))
+        stack.enter_context(no_weight_gradients(model))
+        stack.enter_context(_activation_gradients(blocks))
         for block in blocks:
             stack.enter_context(forward_replaced(block.module, checkpointed(block.module.forward)))
         for layer in layers:
@@ -150,24 +151,32 @@ def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def no_weight_gradients(model: nn.Module, blocks: Sequence[Block]) -> Iterator[None]:
-    """Only activations carry gradients, from what enters the first block of each stack on."""
+def no_weight_gradients(model: nn.Module) -> Iterator[None]:
+    """No weight of the model carries gradients."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _activation_gradients(blocks: Sequence[Block]) -> Iterator[None]:
+    """Activations carry gradients from what enters the first block of each stack on."""
     first: dict[int, nn.Module] = {}
     for block in blocks:
         first.setdefault(block.stack, block.module)
     handles = [
         module.register_forward_pre_hook(_start_gradients, with_kwargs=True) for module in first.values()
     ]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for parameter in parameters:
-            parameter.requires_grad_(True)
 
 
 def _start_gradients(

@@ -37,10 +37,11 @@ from torch import Tensor, nn
 from .activations import Stream, can_skip, forward_replaced, steps_of
 from .dense_outputs import DenseOutputs
 from .errors import InputError, InvalidModelError
+from .gathering import batch_size_for
 from .gradients import checkpointed, gradient_moments, no_weight_gradients
 from .masks import pack_mask, unpack_bytes
 from .models import Block, PrunableLayer
-from .pipeline import Progress, Silent, batch_size_for, pattern_of_layer
+from .pipeline import Progress, Silent, pattern_of_layer
 from .problems import Drift, GramAccumulator, LayerProblem, output_metric
 from .problems.metric import DAMPING
 from .problems.pattern import LayerBudget
@@ -151,6 +152,8 @@ class _Refiner:
 
     def run(self, passes: int) -> tuple[dict[str, Tensor], Refinement]:
         groups = self._groups()
+        window = self.calibration[:1]
+        skip = can_skip(self.model, self.blocks, window)
         finished = {step.position for step in self.record.refinement() if step.last}
         loss = self.dense.total(self.model)
         for number in range(passes):
@@ -158,11 +161,18 @@ class _Refiner:
             if finished.issuperset(positions):
                 continue
             moments = self._moments(number)
-            for position, group in zip(positions, groups, strict=True):
+            stream = Stream(self.model, self.blocks, self.calibration, self.dense.batch_size, skip)
+            done = 0
+            for position, (block, group) in zip(positions, groups, strict=True):
                 self.progress.stage("refinement", position, passes * len(groups))
+                while done < block:
+                    for batch in range(len(stream)):
+                        stream.advance(batch)
+                    stream.finish_block()
+                    done += 1
                 layers = [layer for layer in group if layer.name in moments]
                 if position not in finished:
-                    loss = self._step(position, layers, moments, loss)
+                    loss = self._step(position, layers, moments, loss, stream)
         self.progress.stage("refinement", passes * len(groups), passes * len(groups))
         steps = tuple(self.record.refinement())
         count = self.dense.tokens
@@ -184,27 +194,33 @@ class _Refiner:
             self._apply(layer, now[layer.name])
         return moments
 
-    def _groups(self) -> list[list[PrunableLayer]]:
-        """Layers that share an input, in the order of a forward pass."""
+    def _groups(self) -> list[tuple[int, list[PrunableLayer]]]:
+        """Layers that share an input with the number of their block, in the order of a forward pass."""
         window = self.calibration[:1]
         stream = Stream(self.model, self.blocks, window, 1, can_skip(self.model, self.blocks, window))
-        groups: list[list[PrunableLayer]] = []
-        for block in self.blocks:
+        groups: list[tuple[int, list[PrunableLayer]]] = []
+        for number, block in enumerate(self.blocks):
             if block.layers:
                 steps = steps_of(stream)
-                groups += [list(group) for step in steps for group in step.inputs if group[0].expert is None]
+                inputs = [group for step in steps for group in step.inputs]
+                groups += [(number, list(group)) for group in inputs if group[0].expert is None]
             stream.advance(0)
             stream.finish_block()
         return groups
 
     def _step(
-        self, position: int, layers: Sequence[PrunableLayer], moments: Mapping[str, Tensor], loss: float
+        self,
+        position: int,
+        layers: Sequence[PrunableLayer],
+        moments: Mapping[str, Tensor],
+        loss: float,
+        stream: Stream,
     ) -> float:
         """Refine the layers of one group; returns the loss afterwards."""
         count = self.dense.tokens
         names = ", ".join(layer.name for layer in layers)
         before = {layer.name: self.masks[layer.name] for layer in layers}
-        gradients, sums = self._gradients(layers) if layers else ({}, {})
+        gradients, sums = self._gradients(layers, stream) if layers else ({}, {})
         strength = FIRST
         for number in range(TRIES):
             swaps = 0
@@ -216,7 +232,7 @@ class _Refiner:
                 found = solve(problem, self.solver, init=mask).mask
                 swaps += int((found != mask.to(found.device)).sum()) // 2
                 self._apply(layer, found)
-            after = self.dense.total(self.model) if swaps else loss
+            after = self.dense.total(self.model, stream) if swaps else loss
             accepted = after < loss
             last = accepted or swaps == 0 or number == TRIES - 1
             if not accepted:
@@ -238,7 +254,7 @@ class _Refiner:
         self.masks[layer.name] = mask.cpu()
 
     def _gradients(
-        self, layers: Sequence[PrunableLayer]
+        self, layers: Sequence[PrunableLayer], stream: Stream
     ) -> tuple[dict[str, Tensor], dict[str, GramAccumulator]]:
         """``∇`` (rows, cols), float64, and the sums of the inputs of each layer, by name."""
         leader = layers[0]
@@ -251,7 +267,7 @@ class _Refiner:
 
         parameters = {layer.name: getattr(layer.module, layer.parameter) for layer in layers}
         with ExitStack() as stack:
-            stack.enter_context(no_weight_gradients(self.model, self.blocks))
+            stack.enter_context(no_weight_gradients(self.model))
             for block in self.blocks:
                 stack.enter_context(forward_replaced(block.module, checkpointed(block.module.forward)))
             hook = leader.module.register_forward_pre_hook(observe, with_kwargs=True)
@@ -261,13 +277,12 @@ class _Refiner:
             found = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
             for batch in range(len(self.dense)):
                 recording = True
-                with torch.enable_grad():
+                with torch.enable_grad(), stream.recalled(batch):
                     loss = self.dense.loss(self.model, batch)
-                recording = False
-                for name, gradient in zip(
-                    found, torch.autograd.grad(loss, list(parameters.values())), strict=True
-                ):
-                    found[name] += gradient
+                    recording = False
+                    wanted = list(parameters.values())
+                    for name, gradient in zip(found, torch.autograd.grad(loss, wanted), strict=True):
+                        found[name] += gradient
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
         gradients = {}

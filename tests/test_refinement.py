@@ -9,6 +9,7 @@ import tiny_models
 import torch
 
 import sparseswaps as ss
+from sparseswaps.activations import Stream
 from sparseswaps.dense_outputs import DenseOutputs
 from sparseswaps.gradients import gradient_moments
 from sparseswaps.masks import apply_masks, load_masks, verify_model
@@ -76,7 +77,7 @@ def test_a_step_minimises_the_loss_to_first_order() -> None:
         model, blocks, patterns, windows, outputs, dense, masks, ss.RowSweeps(), RunDatabase(None), Silent()
     )
     layer = blocks[1].layers[4]
-    gradients, sums = job._gradients([layer])
+    gradients, sums = job._gradients([layer], Stream(model, blocks, windows, outputs.batch_size))
     mask = masks[layer.name]
     strength = 2.0
     problem = job._problem(
