@@ -46,7 +46,7 @@ WORK_PER_SLICE = 5_000_000
 # Nodes of the search with the QCR split before the doubly nonnegative split is worth its time.
 QCR_NODES = 1500
 # Steps of the doubly nonnegative iteration with cuts and nodes of the search in each round.
-DNN_ROUNDS = ((0, 1_500), (360, 30_000), (400, 400_000))
+DNN_ROUNDS = ((0, 1_500), (360, 100_000), (400, 400_000))
 # The same for each part, once the program is divided.
 PART_STEPS, PART_NODES = 60, 15_000
 # Kicks and their strength in the second search for an incumbent, before a split with cuts.
