@@ -4,7 +4,7 @@ from .additive_swap import AdditiveSwap
 from .admm import ADMM
 from .alternating_reconstruction import AlternatingReconstruction
 from .base import Budget, Group, Outcome, Solution, Solver, Status, TracePoint, solve
-from .bounds import CorrEigenvalue, Dnn, LayerBound, Naive, Qcr, Sdp, SharedSplit, bound
+from .bounds import CorrEigenvalue, Dnn, LayerBound, Naive, Qcr, RowSplit, Sdp, SharedSplit, bound
 from .branch_and_bound import BranchAndBound
 from .certificate import Certificate, certify
 from .compose import BestOf, Sequence
@@ -53,6 +53,7 @@ __all__ = [
     "Qcr",
     "Random",
     "Reconstruction",
+    "RowSplit",
     "RowSweeps",
     "Sdp",
     "Sequence",

@@ -12,7 +12,7 @@ from .additive_swap import AdditiveSwap
 from .admm import ADMM
 from .alternating_reconstruction import AlternatingReconstruction
 from .base import Solver
-from .bounds import CorrEigenvalue, Dnn, Naive, Qcr, Sdp, SharedSplit
+from .bounds import CorrEigenvalue, Dnn, Naive, Qcr, RowSplit, Sdp, SharedSplit
 from .branch_and_bound import BranchAndBound
 from .compose import Sequence
 from .dsnot import DSnoT
@@ -53,6 +53,7 @@ SOLVERS: dict[str, type[Solver]] = {
         CorrEigenvalue,
         Naive,
         SharedSplit,
+        RowSplit,
         Qcr,
         Dnn,
         Sdp,

@@ -31,6 +31,7 @@ SOLVERS: list[ss.Solver] = [
     ss.CorrEigenvalue(),
     ss.Naive(steps=60),
     ss.SharedSplit(rounds=1, steps=60),
+    ss.RowSplit(),
     ss.Qcr(),
     ss.Dnn(iterations=50),
     ss.SparseGPT(),
