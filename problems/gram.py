@@ -280,6 +280,12 @@ class GramAccumulator:
         self._residual += other._residual.to(self._residual.device)
         self.tokens += other.tokens
 
+    def empty_like(self) -> GramAccumulator:
+        """An accumulator of the same shape without any token."""
+        return GramAccumulator(
+            self._sums.shape[-1], self._sums.device, self.has_drift, self._residual.shape[-1]
+        )
+
     def state_dict(self) -> dict[str, Tensor]:
         """Sums and token count as tensors, to be sent to another process."""
         return {

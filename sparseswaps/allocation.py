@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
+from .gathering import batch_size_for
 from .gradients import gradient_moments
 from .models import Block
-from .pipeline import batch_size_for, layer_problems
+from .pipeline import layer_problems
 from .problems import LayerProblem
 from .problems.pattern import SparsityPattern, parse_pattern
 from .solvers import Solver, Wanda, solve

@@ -11,6 +11,7 @@
     ├── UnsupportedProblemError            the solver does not cover this kind of problem
     ├── NoIncumbentError                   a limit was reached before any mask was found
     ├── InvalidOutcomeError                a solver's mask or bound does not hold what it claims
+    ├── RankLostError                      a process of a run on several was lost
     └── VerificationError                  a model is not what its mask file says
 
 Each message is one sentence that names the thing, what was expected and what was found.
@@ -27,6 +28,7 @@ __all__ = [
     "InvalidProblemError",
     "InvalidTextError",
     "NoIncumbentError",
+    "RankLostError",
     "SolverNotInstalledError",
     "SparseswapsError",
     "UnsupportedProblemError",
@@ -76,6 +78,10 @@ class NoIncumbentError(SparseswapsError):
 
 class InvalidOutcomeError(SparseswapsError):
     """A solver's mask or bound does not hold what it claims."""
+
+
+class RankLostError(SparseswapsError):
+    """A process of a run on several was lost."""
 
 
 class VerificationError(SparseswapsError):

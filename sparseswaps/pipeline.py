@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import ClassVar, Protocol, final
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .activations import Step, Stream, can_skip, experts_one_by_one, residual_writers, steps_of
+from .activations import Step, Stream, can_skip, experts_one_by_one, steps_of
 from .dense_outputs import DenseOutputs
-from .errors import InputError, InvalidModelError, InvalidProblemError
+from .distributed import Given, Ranks, rows_alone, solve_shared
+from .errors import InputError, InvalidModelError, NoIncumbentError
+from .experts import all_tokens, entries, fallback_gram, least_tokens, warn_of_starved
+from .gathering import Flow, add_inputs, batch_size_for, gather
 from .gradients import gradient_moments
 from .masks import pack_mask, unpack_bytes
 from .models import Block, PrunableLayer
@@ -37,16 +39,11 @@ from .solvers import (
     Group,
     HeldOutStop,
     OneSwap,
-    Outcome,
     RowSweeps,
     Solution,
     Solver,
-    Status,
     solve,
 )
-
-# Tokens per forward call: enough to keep a processor busy, few enough for its memory.
-TOKENS_PER_BATCH = 8192
 
 
 class Mode(StrEnum):
@@ -82,19 +79,6 @@ class Silent:
         """Say nothing."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Flow:
-    """Activations of the pruned network, and beside them of the dense one where drift needs them."""
-
-    pruned: Stream
-    dense: Stream | None
-
-
-def batch_size_for(length: int) -> int:
-    """Windows of ``length`` tokens per forward call."""
-    return max(1, TOKENS_PER_BATCH // length)
-
-
 def prune_layers(
     model: nn.Module,
     blocks: Sequence[Block],
@@ -108,6 +92,8 @@ def prune_layers(
     record: RunDatabase | None = None,
     progress: Progress | None = None,
     masks: Mapping[str, Tensor] | None = None,
+    ranks: Ranks | None = None,
+    min_expert_tokens: int | None = None,
 ) -> dict[str, Tensor]:
     """Choose and apply a mask for every layer of ``blocks``, in place.
 
@@ -125,6 +111,10 @@ def prune_layers(
         progress: told about every layer.
         masks: warm start of each layer by name instead of ``start``'s, for a solver that changes kept
             weights; then only layers whose weights the record has count as finished.
+        ranks: the processes that share the work (see ``distributed``), each with the same arguments; the
+            record of the first one counts.
+        min_expert_tokens: experts that fewer calibration tokens reach are pruned by a fallback (see
+            ``experts``); the width of the layer by default.
 
     Returns:
         Mask (rows, cols), bool, of each layer by name.
@@ -136,7 +126,8 @@ def prune_layers(
     objective = objective or Objective()
     check_options(blocks, pattern, mode, objective)
     layers = [layer for block in blocks for layer in block.layers]
-    database = record or RunDatabase(None)
+    ranks = ranks or Ranks()
+    database = ranks.shared_record(record or RunDatabase(None))
     with experts_one_by_one(model):
         job = _Job(
             model,
@@ -150,6 +141,8 @@ def prune_layers(
             progress or Silent(),
             masks,
             sum(layer.weight.numel() for layer in layers),
+            ranks,
+            min_expert_tokens,
         )
         return job.run(calibration, held_out)
 
@@ -203,7 +196,7 @@ def layer_problems(
             def observe(
                 layer: PrunableLayer, inputs: Tensor, sums: dict[str, GramAccumulator] = sums
             ) -> None:
-                _add(sums[layer.name], layer, inputs)
+                add_inputs(sums[layer.name], layer, inputs)
 
             for batch in range(len(stream)):
                 stream.observe(batch, leaders, observe, advance=True)
@@ -228,14 +221,42 @@ def pattern_of_layer(layer: PrunableLayer, pattern: str | Mapping[str, str]) -> 
 
 
 @dataclass(frozen=True, eq=False)
+class _Sums:
+    """Sums of one step by the name of a group's first layer.
+
+    Attributes:
+        calibration, held_out, checks: on calibration windows, held-out text and held-out windows.
+        reading: layers of experts that read the tokens as they come.
+        mixtures: sums over all experts of a mixture that were needed already.
+    """
+
+    calibration: dict[str, GramAccumulator]
+    held_out: dict[str, GramAccumulator]
+    checks: dict[str, GramAccumulator]
+    reading: set[str]
+    mixtures: dict[str, GramAccumulator] = field(default_factory=dict)
+
+    def mixture(self, layer: PrunableLayer) -> GramAccumulator | None:
+        """Of all tokens that reach the mixture of an expert whose layer reads them as they come."""
+        if layer.name not in self.reading:
+            return None
+        family = layer.name.rsplit(".", 1)[0]
+        if family not in self.mixtures:
+            self.mixtures[family] = all_tokens(layer, self.calibration)
+        return self.mixtures[family]
+
+
+@dataclass(frozen=True, eq=False)
 class _Solved:
-    """A layer's problem and what came out, before it is applied."""
+    """A layer's problem and what came out, before it is applied; ``shared`` by rows over the ranks."""
 
     problem: LayerProblem
     warm: Solution
     solution: Solution
     strength: float
     fallback: str
+    plain: LayerProblem
+    shared: bool
 
 
 def _split(windows: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -266,16 +287,18 @@ class _Job:
     progress: Progress
     masks: Mapping[str, Tensor] | None
     total_weights: int
+    ranks: Ranks
+    min_expert_tokens: int | None
 
     def run(self, calibration: Tensor, held_out: Tensor | None) -> dict[str, Tensor]:
-        skip = can_skip(self.model, self.blocks, calibration)
+        skip = self.ranks.from_first(lambda: can_skip(self.model, self.blocks, calibration))
         if self.objective.needs_dense_stream and not skip:
             raise InvalidModelError(
                 f"{type(self.model).__name__}: expected blocks that depend on earlier ones only through "
                 "their outputs, as drift needs, found other connections; run without drift"
             )
         moments: dict[str, Tensor] = {}
-        if self.objective.metric:
+        if self.objective.metric and self.ranks.first:
             moments = gradient_moments(
                 self.model,
                 self.blocks,
@@ -285,54 +308,46 @@ class _Job:
             )
         calibration, checks = _split(calibration, self.objective.held_out_share)
         outputs = None
-        if len(self.objective.strengths()) > 1:
+        if len(self.objective.strengths()) > 1 and self.ranks.first:
             outputs = DenseOutputs(self.model, checks, batch_size_for(checks.shape[1]))
         flow = self._flow(calibration, skip)
         held_out_flow = None if held_out is None else self._flow(held_out, skip)
         check_flow = self._flow(checks, skip) if self.objective.held_out else None
-        flows = [each for each in (flow, held_out_flow, check_flow) if each is not None]
+        flows = (flow, held_out_flow, check_flow)
         masks: dict[str, Tensor] = {}
         for block in self.blocks:
             dense = {layer.name: layer.weight.clone() for layer in block.layers}
-            steps = steps_of(flow.pruned) if block.layers else []
-            writers = residual_writers(flow.pruned) if self.objective.residual and block.layers else []
+            steps = flow.steps() if block.layers else []
+            writers = flow.writers() if self.objective.residual and block.layers else []
+            reading = entries(steps)
             one_shot = self.mode is Mode.ONE_SHOT
             if one_shot:
                 steps = [Step(tuple(group for step in steps for group in step.inputs))] if steps else []
             for step in steps:
-                sums = None
+                seen = None
                 if one_shot or not all(self._is_known(layer) for layer in step.layers):
                     sums = [
-                        {} if each is None else self._gather(block, step, each, dense, one_shot, writers)
-                        for each in (flow, held_out_flow, check_flow)
+                        {} if each is None else gather(each, block, step, dense, one_shot, writers)
+                        for each in flows
                     ]
+                    if self.ranks.first:
+                        warn_of_starved(block, step, sums[0], self.min_expert_tokens)
+                    seen = _Sums(sums[0], sums[1], sums[2], reading)
                 for group in step.inputs:
-                    masks |= self._prune_group(group, sums, moments, outputs)
+                    masks |= self._prune_group(group, seen, moments, outputs)
             for each in flows:
-                if not (one_shot and steps):
-                    for batch in range(len(each.pruned)):
-                        each.pruned.advance(batch)
-                each.pruned.finish_block()
-                if each.dense is not None:
-                    with _weights(block, dense):
-                        for batch in range(len(each.dense)):
-                            each.dense.advance(batch)
-                    each.dense.finish_block()
+                if each is not None:
+                    each.finish_block(block, dense, advanced=one_shot and bool(steps))
         return masks
 
-    def _flow(self, windows: Tensor, skip: bool) -> _Flow:
-        size = batch_size_for(windows.shape[1])
-        return _Flow(
-            Stream(self.model, self.blocks, windows, size, skip),
-            Stream(self.model, self.blocks, windows, size, skip)
-            if self.objective.needs_dense_stream
-            else None,
-        )
+    def _flow(self, windows: Tensor, skip: bool) -> Flow:
+        dense = self.objective.needs_dense_stream
+        return Flow.of(self.model, self.blocks, windows, skip, dense, self.ranks)
 
     def _prune_group(
         self,
         group: Sequence[PrunableLayer],
-        sums: Sequence[dict[str, GramAccumulator]] | None,
+        sums: _Sums | None,
         moments: dict[str, Tensor],
         outputs: DenseOutputs | None,
     ) -> dict[str, Tensor]:
@@ -340,10 +355,10 @@ class _Job:
 
         Args:
             group: the layers.
-            sums: of calibration, held-out text and held-out windows, by the name of a group's first layer;
-                None where all layers are finished.
+            sums: of the step; None where all layers are finished.
             moments: of output gradients by layer; used ones are taken out.
-            outputs: of the dense model on held-out windows, where the strength of the drift is chosen.
+            outputs: of the dense model on held-out windows, where the strength of the drift is chosen; on the
+                first rank.
         """
         masks: dict[str, Tensor] = {}
         todo = []
@@ -357,32 +372,33 @@ class _Job:
             masks[layer.name] = mask
         if not todo or sums is None:
             return masks
-        calibration, held_out, checks = (each.get(group[0].name) for each in sums)
-        if calibration is None:
-            raise InvalidModelError(f"layer {group[0].name}: expected its inputs, found none")
+        leader = group[0].name
+        if leader not in sums.calibration:
+            raise InvalidModelError(f"layer {leader}: expected its inputs, found none")
+        calibration = sums.calibration[leader]
         begin = time.perf_counter()
         for layer in todo:
             self.progress.layer_started(layer.name)
-        tried: list[tuple[float, list[_Solved]]] = []
+        tried: list[tuple[float, list[_Solved | None]]] = []
         own = {layer.name: moments.pop(layer.name, None) for layer in todo}
         strengths = self.objective.strengths() if calibration.has_drift else (0.0,)
         for strength in strengths:
-            found = [
-                self._solve_layer(layer, calibration, own[layer.name], strength, checks) for layer in todo
-            ]
+            found = [self._solve_layer(layer, leader, sums, own[layer.name], strength) for layer in todo]
             loss = 0.0
             if outputs is not None and len(strengths) > 1:
                 before = [layer.weight.clone() for layer in todo]
                 for layer, solved in zip(todo, found, strict=True):
-                    self._write(layer, solved.solution.mask, solved.solution.weight)
+                    if solved is not None:
+                        self._write(layer, solved.solution.mask, solved.solution.weight)
                 loss = outputs.total(self.model)
                 for layer, weight in zip(todo, before, strict=True):
                     layer.write(weight)
             tried.append((loss, found))
-        _, best = min(tried, key=lambda each: each[0])
+        best = self.ranks.from_first(lambda: min(range(len(tried)), key=lambda i: tried[i][0]))
         seconds = (time.perf_counter() - begin) / len(todo)
-        for layer, solved in zip(todo, best, strict=True):
-            masks[layer.name] = self._finish(layer, solved, calibration, held_out, seconds)
+        for layer, solved in zip(todo, tried[best][1], strict=True):
+            held_out = sums.held_out.get(leader)
+            masks[layer.name] = self._finish(layer, solved, calibration.tokens, held_out, seconds)
         return masks
 
     @staticmethod
@@ -416,117 +432,105 @@ class _Job:
         weight = layer.weight
         return torch.frombuffer(bytearray(stored), dtype=weight.dtype).view(weight.shape).to(weight.device)
 
-    def _gather(
-        self,
-        block: Block,
-        step: Step,
-        flow: _Flow,
-        dense: dict[str, Tensor],
-        advance: bool,
-        writers: Sequence[PrunableLayer],
-    ) -> dict[str, GramAccumulator]:
-        """Sums over all batches for the first layer of each group, by its name."""
-        leaders = [group[0] for group in step.inputs]
-        alone = [group[0] for group in step.inputs if len(group) == 1 and group[0] in writers]
-        sums: dict[str, GramAccumulator] = {}
-        for layer in leaders:
-            # a router may send a token to other experts than in the dense model: no drift there
-            with_drift = flow.dense is not None and layer.expert is None
-            rows, cols = layer.weight.shape
-            sums[layer.name] = GramAccumulator(
-                cols, layer.weight.device, with_drift, rows if layer in alone else 0
-            )
-        for batch in range(len(flow.pruned)):
-            waiting: dict[str, Tensor] = {}
-            pairs: dict[str, tuple[Tensor, Tensor]] = {}
-            streams: dict[str, Tensor] = {}
-
-            def observe(layer: PrunableLayer, inputs: Tensor, waiting: dict[str, Tensor] = waiting) -> None:
-                if sums[layer.name].has_drift:
-                    waiting[layer.name] = inputs
-                else:
-                    _add(sums[layer.name], layer, inputs)
-
-            def pair(
-                layer: PrunableLayer,
-                inputs: Tensor,
-                waiting: dict[str, Tensor] = waiting,
-                pairs: dict[str, tuple[Tensor, Tensor]] = pairs,
-            ) -> None:
-                if layer.name not in waiting:
-                    return
-                found = waiting.pop(layer.name)
-                if sums[layer.name].has_residual:
-                    pairs[layer.name] = found, inputs
-                else:
-                    _add(sums[layer.name], layer, found, inputs)
-
-            def keep_stream(
-                layer: PrunableLayer, stream: Tensor, streams: dict[str, Tensor] = streams
-            ) -> None:
-                streams[layer.name] = stream.clone()  # the addition may happen in place
-
-            def pair_stream(
-                layer: PrunableLayer,
-                stream: Tensor,
-                pairs: dict[str, tuple[Tensor, Tensor]] = pairs,
-                streams: dict[str, Tensor] = streams,
-            ) -> None:
-                found, inputs = pairs.pop(layer.name)
-                _add(sums[layer.name], layer, found, inputs, stream - streams.pop(layer.name))
-
-            flow.pruned.observe(batch, leaders, observe, advance, alone, keep_stream)
-            if flow.dense is not None:
-                with _weights(block, dense):
-                    flow.dense.observe(batch, leaders, pair, False, alone, pair_stream)
-        return sums
-
     def _solve_layer(
-        self,
-        layer: PrunableLayer,
-        sums: GramAccumulator,
-        moment: Tensor | None,
-        strength: float,
-        checks: GramAccumulator | None,
-    ) -> _Solved:
-        """The layer's problem at one strength of the drift, and its solution."""
-        fallback = ""
-        if sums.tokens == 0:
-            fallback = "no token reached the layer: inputs taken as uncorrelated, which is magnitude"
-        problem = self._problem(layer, sums, moment, strength)
-        if self.objective.metric and problem.metric is None and not fallback:
-            fallback = "no gradient reaches the layer's output: no output metric"
+        self, layer: PrunableLayer, leader: str, sums: _Sums, moment: Tensor | None, strength: float
+    ) -> _Solved | None:
+        """The layer's problem at one strength of the drift, and its solution.
+
+        Where the ranks do not share it, None on all but the first.
+        """
+        coupled = self.objective.metric or leader in sums.checks
+        if coupled and not self.ranks.first:
+            return None
+        calibration, checks = sums.calibration[leader], sums.checks.get(leader)
+        problem, plain, fallback = self._problem(layer, calibration, sums.mixture(layer), moment, strength)
         solver = self.solver
         if problem.metric is not None and not solver.metric:
             solver = RowSweeps(solver, self.objective.sweeps)
         if checks is not None and checks.tokens and isinstance(solver, OneSwap):
-            solver = HeldOutStop(self._problem(layer, checks, None, strength), solver)
+            held_out, _, _ = self._problem(layer, checks, None, None, strength)
+            solver = HeldOutStop(held_out, solver)
         start = self.start if self.masks is None else Given(self.masks[layer.name])
-        warm = solve(problem, start)
+        scores = start.group is Group.SCORE and solver.group is Group.SCORE
+        shared = self.ranks.count > 1 and not coupled and (scores or rows_alone(problem, solver))
+        if not shared:
+            if not self.ranks.first:
+                return None
+            warm = solve(problem, start)
+            score = solver.group is Group.SCORE
+            solution = solve(problem, solver) if score else solve(problem, solver, init=warm, budget=Budget())
+            return _Solved(problem, warm, solution, strength, fallback, plain, shared)
+        # scores look at all rows, which costs little; each rank then scores the masks of its rows
+        warm = solve_shared(problem, _given(start, problem), None, self.ranks)
         if solver.group is Group.SCORE:
-            solution = solve(problem, solver)
+            solution = solve_shared(problem, _given(solver, problem), None, self.ranks)
         else:
-            solution = solve(problem, solver, init=warm, budget=Budget())
-        return _Solved(problem, warm, solution, strength, fallback)
+            solution = solve_shared(problem, solver, warm.mask, self.ranks)
+        return _Solved(problem, warm, solution, strength, fallback, plain, shared)
 
     def _finish(
         self,
         layer: PrunableLayer,
-        solved: _Solved,
-        sums: GramAccumulator,
+        solved: _Solved | None,
+        tokens: int,
         held_out_sums: GramAccumulator | None,
         seconds: float,
     ) -> Tensor:
         """Apply and record a solution; returns the mask, on the CPU."""
+        errors = None
+        if solved is not None:
+            errors = self._errors(solved, held_out_sums)
+        finished, packed, stored = self.ranks.from_first(
+            lambda: self._facts(layer, solved, errors, tokens, seconds)
+        )
+        self.record.add_layer(finished, packed, stored)
+        mask = unpack_bytes(packed, layer.weight.shape)
+        self._write(layer, mask, self._known_weight(layer))
+        self._report(finished)
+        return mask
+
+    def _errors(self, solved: _Solved, held_out_sums: GramAccumulator | None) -> Tensor:
+        """Sums over rows of: output norm, plain error before and after, the same three on held-out text."""
         problem, warm, solution = solved.problem, solved.warm, solved.solution
-        norm = float(problem.output_norms().sum())
-        plain = replace(problem, gram=sums.gram(), drift=None, metric=None) if sums.tokens else problem
-        held_out_start = held_out_error = None
+        held_out = None
         if held_out_sums is not None and held_out_sums.tokens:
             held_out = replace(problem, gram=held_out_sums.gram(), drift=None, metric=None)
-            held_out_norm = float(held_out.output_norms().sum())
-            held_out_start = _share(held_out.objective(warm.mask), held_out_norm)
-            held_out_error = _share(held_out.objective(solution.mask, solution.weight), held_out_norm)
+        rows = self.ranks.rows(problem.rows) if solved.shared else slice(0, problem.rows)
+        weight = None if solution.weight is None else solution.weight[rows]
+
+        def of_rows(whole: LayerProblem) -> list[Tensor]:
+            part = whole.slice_rows(rows)
+            return [
+                part.output_norms(),
+                part.row_objectives(warm.mask[rows]),
+                part.row_objectives(solution.mask[rows], weight),
+            ]
+
+        def compute() -> Tensor:
+            if rows.start == rows.stop:
+                return torch.zeros((0, 6), dtype=torch.float64)
+            known = solved.plain is problem  # then ``solve`` has found these errors already
+            plain = problem.slice_rows(rows) if known else None
+            columns = (
+                of_rows(solved.plain)
+                if plain is None
+                else [plain.output_norms(), warm.row_objectives[rows], solution.row_objectives[rows]]
+            )
+            columns += [torch.zeros_like(columns[0])] * 3 if held_out is None else of_rows(held_out)
+            return torch.stack(columns, dim=1).cpu()
+
+        parts = self.ranks.gather(compute) if solved.shared else [compute()]
+        return torch.cat(parts).sum(0)
+
+    def _facts(
+        self, layer: PrunableLayer, solved: _Solved | None, errors: Tensor | None, tokens: int, seconds: float
+    ) -> tuple[LayerRecord, bytes, bytes | None]:
+        """The layer's record, its mask and, where they changed, its weights, as they are stored."""
+        if solved is None or errors is None:
+            raise InvalidModelError(f"layer {layer.name}: expected a solution on the first rank, found none")
+        problem, warm, solution = solved.problem, solved.warm, solved.solution
+        norm, error_start, error, held_out_norm, held_out_start, held_out = errors.tolist()
+        with_held_out = held_out_norm > 0
         mask = solution.mask.cpu()
         certified = solution.stats.get("certified")
         finished = LayerRecord(
@@ -537,15 +541,15 @@ class _Job:
             cols=problem.cols,
             pattern=str(problem.pattern),
             sparsity=1 - float(mask.double().mean()),
-            tokens=sums.tokens,
+            tokens=tokens,
             dead_channels=int(problem.gram.dead.sum()),
             output_norm=norm,
-            error_start=_share(plain.objective(warm.mask), norm),
-            error=_share(plain.objective(solution.mask, solution.weight), norm),
+            error_start=_share(error_start, norm),
+            error=_share(error, norm),
             objective_start=_share(warm.objective, norm),
             objective=_share(solution.objective, norm),
-            held_out_error_start=held_out_start,
-            held_out_error=held_out_error,
+            held_out_error_start=_share(held_out_start, held_out_norm) if with_held_out else None,
+            held_out_error=_share(held_out, held_out_norm) if with_held_out else None,
             swaps=_swaps(solution),
             certified_rows=None if certified is None else int(certified.sum()),
             status=str(solution.status),
@@ -555,22 +559,35 @@ class _Job:
         )
         weight = None if solution.weight is None else solution.weight.to(layer.weight.dtype)
         stored = None if weight is None else weight.contiguous().cpu().view(torch.uint8).numpy().tobytes()
-        self.record.add_layer(finished, pack_mask(mask).numpy().tobytes(), stored)
-        self._write(layer, mask, weight)
-        self._report(finished)
-        return mask
+        return finished, pack_mask(mask).numpy().tobytes(), stored
 
     def _problem(
-        self, layer: PrunableLayer, sums: GramAccumulator, moment: Tensor | None, strength: float
-    ) -> LayerProblem:
+        self,
+        layer: PrunableLayer,
+        sums: GramAccumulator,
+        mixture: GramAccumulator | None,
+        moment: Tensor | None,
+        strength: float,
+    ) -> tuple[LayerProblem, LayerProblem, str]:
+        """The layer's problem, the same with the paper's error, and why its inputs are not its own, if so."""
         weight = layer.weight.clone()
         pattern = pattern_of_layer(layer, self.pattern)
-        if sums.tokens == 0:
-            identity = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
-            return LayerProblem(weight, Gram(identity), pattern, name=layer.name)
+        gram: Gram | None = None
+        fallback = ""
+        least = least_tokens(layer, self.min_expert_tokens)
+        if sums.tokens < least:
+            gram, fallback = fallback_gram(layer, sums, mixture, least)
+        if gram is None and sums.tokens == 0:
+            gram = Gram(torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device))
+            fallback = "no token reached the layer: inputs taken as uncorrelated, which is magnitude"
+        if gram is not None:
+            problem = LayerProblem(weight, gram, pattern, name=layer.name)
+            return problem, problem, fallback
         metric = drift = None
         if moment is not None:
             metric = output_metric(moment.to(weight.device), self.objective.damping)
+        elif self.objective.metric:
+            fallback = "no gradient reaches the layer's output: no output metric"
         if sums.has_drift:
             drift = Drift.from_sums(
                 weight,
@@ -579,29 +596,27 @@ class _Job:
                 self.objective.residual if sums.has_residual else 0.0,
                 covariance=metric is not None,
             )
-        gram = sums.gram().shrunk(self.objective.shrinkage)
-        return LayerProblem(weight, gram, pattern, drift, metric, layer.name)
+        gram = sums.gram()
+        problem = LayerProblem(
+            weight, gram.shrunk(self.objective.shrinkage), pattern, drift, metric, layer.name
+        )
+        if metric is None and drift is None and self.objective.shrinkage == 0:
+            return problem, problem, fallback
+        return problem, replace(problem, gram=gram, drift=None, metric=None), fallback
 
     def _report(self, finished: LayerRecord) -> None:
         done = sum(layer.rows * layer.cols for layer in self.record.layers())
         self.progress.layer_finished(finished, done, self.total_weights)
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Given(Solver):
-    """A mask that is there already."""
-
-    name: ClassVar[str] = "given"
-    group: ClassVar[Group] = Group.SCORE
-    layer_budget: ClassVar[bool] = True
-    metric: ClassVar[bool] = True
-
-    mask: Tensor
-
-    def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
-        """Return it."""
-        return Outcome(self.mask.to(problem.device), Status.FINISHED)
+def _given(scores: Solver, problem: LayerProblem) -> Given:
+    """The mask of a score, which may look at all rows."""
+    if isinstance(scores, Given):
+        return scores
+    mask = scores.run(problem, None, Budget()).mask
+    if mask is None:
+        raise NoIncumbentError(f"score {scores.name}: expected a mask, found none")
+    return Given(mask)
 
 
 def _share(error: float, norm: float) -> float:
@@ -611,29 +626,3 @@ def _share(error: float, norm: float) -> float:
 def _swaps(solution: Solution) -> int:
     swaps = solution.stats.get("swaps")
     return 0 if swaps is None else int(swaps.sum())
-
-
-def _add(
-    sums: GramAccumulator,
-    layer: PrunableLayer,
-    inputs: Tensor,
-    dense_inputs: Tensor | None = None,
-    residual_loss: Tensor | None = None,
-) -> None:
-    try:
-        sums.update(inputs, dense_inputs, residual_loss)
-    except InvalidProblemError as error:
-        raise InvalidModelError(f"inputs of layer {layer.name}: {error}") from error
-
-
-@contextmanager
-def _weights(block: Block, weights: dict[str, Tensor]) -> Iterator[None]:
-    """The block's layers have other weights for a while."""
-    before = {layer.name: layer.weight.clone() for layer in block.layers}
-    for layer in block.layers:
-        layer.write(weights[layer.name])
-    try:
-        yield
-    finally:
-        for layer in block.layers:
-            layer.write(before[layer.name])

@@ -23,9 +23,21 @@ from torch import Tensor
 from .allocation import Allocation, allocate, check_allocation
 from .calibration import Windows, calibration_windows, evaluation_windows
 from .dense_outputs import DenseOutputs
+from .distributed import Ranks
 from .errors import InputError, InvalidFileError, InvalidTextError
 from .evaluation import is_causal, mean_cosine, perplexity, pooled_embeddings
-from .masks import MASK_FILE, LayerMask, layer_mask, load_masks, require_verified, save_masks, verify_model
+from .gathering import batch_size_for
+from .masks import (
+    MASK_FILE,
+    LayerMask,
+    layer_mask,
+    load_masks,
+    pack_mask,
+    require_verified,
+    save_masks,
+    unpack_mask,
+    verify_model,
+)
 from .models import (
     DEFAULT_EXCLUDE,
     LoadedModel,
@@ -37,7 +49,7 @@ from .models import (
     resolve_device,
 )
 from .objective import Objective
-from .pipeline import Mode, Progress, Silent, batch_size_for, check_options, prune_layers
+from .pipeline import Mode, Progress, Silent, check_options, prune_layers
 from .problems.pattern import parse_pattern
 from .records import LayerRecord, RunDatabase
 from .refinement import check_refinement, refine_masks
@@ -136,6 +148,8 @@ def prune(
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
+    min_expert_tokens: int | None = None,
 ) -> PruneReport:
     """Prune a model and measure what that did.
 
@@ -165,18 +179,22 @@ def prune(
         out: directory for the pruned model, its mask file and its record.
         resume: go on with an interrupted run of the same settings in ``out``.
         progress: told how far the run is.
+        ranks: the processes that share the work, from ``distributed.joined``; this one alone by default.
+        min_expert_tokens: experts that fewer calibration tokens reach are pruned by a fallback (see
+            ``experts``); the width of the layer by default.
 
     Raises:
         InputError: for anything that cannot be used; nothing is left behind then.
     """
     begin = time.perf_counter()
-    progress = progress or Silent()
+    ranks = ranks or Ranks()
+    progress = progress if progress is not None and ranks.first else Silent()
     solver = OneSwap() if solver is None else solver
     start = Wanda() if start is None else start
     objective = Objective.parse(objective) if isinstance(objective, str) else objective or Objective()
     folder = None if out is None else Path(out)
     if folder is not None:
-        _check_folder(folder, resume)
+        ranks.from_first(lambda: _check_folder(folder, resume))
     target = resolve_device(device)
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
@@ -209,6 +227,8 @@ def prune(
     check_finite(blocks)
     layers = [layer for block in blocks for layer in block.layers]
     dense = _Dense.of(loaded, layers)
+    if min_expert_tokens is not None and min_expert_tokens < 0:
+        raise InputError(f"min_expert_tokens counts tokens: expected at least 0, found {min_expert_tokens}")
     settings = {
         "model": loaded.source,
         "weights": dense.hash_of_all(),
@@ -228,29 +248,36 @@ def prune(
         "layers": [layer.name for layer in layers],
         "device": target.type,
         "dtype": str(loaded.model.dtype),
+        "min_expert_tokens": min_expert_tokens,
     }
-    with _record(folder, settings, resume) as record:
+    with _record(folder if ranks.first else None, settings, resume) as record:
         before = after = cosine = None
         reference: Tensor | None = None
-        if eval_windows is not None:
+        if eval_windows is not None and ranks.first:
             if causal:
                 before = perplexity(loaded.model, eval_windows.tokens, _stage(progress, "dense perplexity"))
             else:
                 reference = pooled_embeddings(
                     loaded.model, eval_windows.tokens, _stage(progress, "dense embeddings")
                 )
-        patterns: dict[str, str] = record.facts().get("patterns") or allocate(
-            loaded.model,
-            blocks,
-            pattern,
-            windows.tokens,
-            allocation,
-            solver,
-            _stage(progress, "allocation"),
+        rule = allocation
+        patterns: dict[str, str] = ranks.from_first(
+            lambda: (
+                record.facts().get("patterns")
+                or allocate(
+                    loaded.model,
+                    blocks,
+                    pattern,
+                    windows.tokens,
+                    rule,
+                    solver,
+                    _stage(progress, "allocation"),
+                )
+            )
         )
         record.set({"patterns": patterns})
         outputs = None
-        if refine:
+        if refine and ranks.first:
             size = max(1, batch_size_for(length) // 2)
             outputs = DenseOutputs(loaded.model, windows.tokens, size)
         held_out = None if eval_windows is None else _spread(eval_windows.tokens, HELD_OUT_WINDOWS)
@@ -266,6 +293,9 @@ def prune(
             held_out,
             record,
             progress,
+            None,
+            ranks,
+            min_expert_tokens,
         )
         refinement = None
         if outputs is not None:
@@ -282,6 +312,8 @@ def prune(
                 progress=progress,
             )
         if update is not None:
+            refined = ranks.from_first(lambda: {name: pack_mask(mask) for name, mask in masks.items()})
+            masks = {x.name: unpack_mask(refined[x.name], x.weight.shape[1]) for x in layers}
             for layer in layers:
                 layer.write(dense.weights[layer.name].to(layer.weight.device, layer.weight.dtype))
             prune_layers(
@@ -297,7 +329,11 @@ def prune(
                 record,
                 progress,
                 masks,
+                ranks,
+                min_expert_tokens,
             )
+        if not ranks.first:
+            return ranks.from_first(_never)
         if eval_windows is not None:
             if causal:
                 after = perplexity(loaded.model, eval_windows.tokens, _stage(progress, "pruned perplexity"))
@@ -349,7 +385,12 @@ def prune(
             out=None if folder is None else str(folder),
         )
         record.set({"report": {k: v for k, v in report.to_json().items() if k != "layers"}})
-    return report
+    return ranks.from_first(lambda: report)
+
+
+def _never() -> PruneReport:
+    """What the other ranks have to say of the report that the first one sends."""
+    raise RuntimeError("the report comes from the first rank")
 
 
 def window_length(loaded: LoadedModel, length: int | None) -> int:
@@ -548,6 +589,8 @@ def save_model(
         VerificationError: if the reloaded model is not what the masks say.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".partial-*"):  # of a run that was killed while it saved
+        shutil.rmtree(left)
     with _disk_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
         partial = Path(name)
         loaded.restore_dtypes()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..calibration import evaluation_windows
+from ..distributed import PATIENCE, Ranks, joined
 from ..errors import InputError
 from ..evaluation import is_causal, mean_cosine, perplexity, pooled_embeddings
 from ..masks import apply_masks, load_masks, verify_model
 from ..models import DEFAULT_EXCLUDE, load_model, resolve_device
 from ..objective import Objective
-from ..pipeline import Mode
+from ..pipeline import Mode, Progress
 from ..run import PruneReport, save_model, versions, window_length
 from ..run import prune as run_prune
 from ..solvers.registry import parse_solver
@@ -106,6 +109,13 @@ def prune(
     ] = "auto",
     out: Annotated[Path | None, typer.Option(help="Directory for model, masks and record.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
+    min_expert_tokens: Annotated[
+        int | None,
+        typer.Option(help="Experts that fewer tokens reach get a fallback; the layer's width by default."),
+    ] = None,
+    rank_timeout: Annotated[
+        float, typer.Option(help="Seconds after which a silent process counts as lost (torchrun).")
+    ] = PATIENCE,
     json: Json = False,
 ) -> None:
     """Prune a model, layer by layer; measure, save and verify it.
@@ -119,6 +129,8 @@ def prune(
 
     sparseswaps prune ./bert --pattern 60% --one-shot --calibration corpus.txt --json
 
+    torchrun --nproc-per-node 2 -m sparseswaps prune ./llama --calibration c4 --out pruned
+
     Sparsity alone makes no model faster: the saved weights are dense tensors with zeros.
     """
     if one_shot and (drift or residual_drift):
@@ -126,7 +138,7 @@ def prune(
     quiet_libraries()
     arguments = {"solver": parse_solver(solver), "start": parse_solver(start)}
     try:
-        with progress_bars() as bars:
+        with joined(device, rank_timeout) as ranks, _bars_of(ranks) as bars:
             report = run_prune(
                 model,
                 pattern,
@@ -148,6 +160,8 @@ def prune(
                 out=out,
                 resume=resume,
                 progress=bars,
+                ranks=ranks,
+                min_expert_tokens=min_expert_tokens,
                 **arguments,
             )
     except KeyboardInterrupt:
@@ -158,11 +172,23 @@ def prune(
             )
             raise typer.Exit(130) from None
         raise
+    if not ranks.first:
+        return
     if json:
         print_json(report.to_json())
     else:
         console.print(layer_table(report.layers))
         console.print(_summary(report))
+
+
+@contextmanager
+def _bars_of(ranks: Ranks) -> Iterator[Progress | None]:
+    """Progress bars of the first rank."""
+    if ranks.first:
+        with progress_bars() as bars:
+            yield bars
+    else:
+        yield None
 
 
 def _summary(report: PruneReport) -> object:
