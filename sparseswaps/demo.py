@@ -1,4 +1,4 @@
-"""The main job on the bundled model: four methods, one table, two plots, one page."""
+"""The main job on the bundled model: five methods, one table, two plots, one page."""
 
 from __future__ import annotations
 
