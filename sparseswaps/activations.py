@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .errors import InvalidModelError
+from .memory import ActivationStore
 from .models import Block, PrunableLayer, forward_inputs
 
 Observer = Callable[[PrunableLayer, Tensor], None]
@@ -54,17 +55,24 @@ class Stream:
         batch_size: windows per forward call.
         skip: whether finished blocks return what they returned before; otherwise the whole model runs
             every time, for models whose blocks depend on each other in other ways (``can_skip``).
+        store: keeps what blocks return; main memory by default.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[Block], windows: Tensor, batch_size: int, skip: bool = True
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        windows: Tensor,
+        batch_size: int,
+        skip: bool = True,
+        store: ActivationStore | None = None,
     ) -> None:
         self._model = model
         self._blocks = blocks
         self._batches = torch.split(windows, batch_size)
         self._skip = skip
         self._done = 0
-        self._stored: list[dict[int, Any]] = [{} for _ in self._batches]
+        self._store = store or ActivationStore()
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -123,13 +131,9 @@ class Stream:
     def recalled(self, batch: int) -> Iterator[None]:
         """Finished blocks return what they returned before for this batch; the others run as ever."""
         device = next(self._model.parameters()).device
-        stored = self._stored[batch]
 
         def recall(stack: int) -> Callable[..., Any]:
-            # copies, because the model may write into what a block returns
-            return lambda *_, **__: pytree.tree_map_only(
-                torch.Tensor, lambda t: t.to(device, copy=True), stored[stack]
-            )
+            return lambda *_, **__: self._store.recall(batch, stack, device)
 
         with ExitStack() as replaced:
             for block in self._blocks[: self._done] if self._skip else ():
@@ -142,15 +146,13 @@ class Stream:
         if not self._skip:
             yield
             return
-        stored = self._stored[batch]
         current = self.current
         original = current.module.forward
 
         def last(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             if keep:
-                # on the CPU: one block's outputs of all windows need not fit the device
-                stored[current.stack] = pytree.tree_map_only(torch.Tensor, lambda t: t.cpu(), output)
+                self._store.keep(batch, current.stack, output)
             raise _Stop
 
         with self.recalled(batch), forward_replaced(current.module, last):
@@ -198,7 +200,7 @@ def can_skip(model: nn.Module, blocks: Sequence[Block], windows: Tensor) -> bool
         stream.finish_block()
     for stack, output in ends.items():
         expected = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-        found = [t for t in pytree.tree_leaves(stream._stored[0].get(stack)) if isinstance(t, Tensor)]
+        found = stream._store.tensors(0, stack)
         if len(expected) != len(found) or not all(
             torch.equal(a.cpu(), b) for a, b in zip(expected, found, strict=True)
         ):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .activations import Step, Stream, residual_writers, steps_of
 from .distributed import Ranks
 from .errors import InvalidModelError, InvalidProblemError
+from .memory import ActivationStore
 from .models import Block, PrunableLayer
 from .problems import GramAccumulator
 
@@ -52,16 +53,33 @@ class Flow:
 
     @classmethod
     def of(
-        cls, model: nn.Module, blocks: Sequence[Block], windows: Tensor, skip: bool, dense: bool, ranks: Ranks
+        cls,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        windows: Tensor,
+        skip: bool,
+        dense: bool,
+        ranks: Ranks,
+        store: ActivationStore,
     ) -> Flow:
-        """The flow of ``windows`` (windows, length) through ``model`` as it is now."""
+        """The flow of ``windows`` (windows, length) through ``model`` as it is now.
+
+        Args:
+            model: the network.
+            blocks: from ``find_blocks``.
+            windows: token windows.
+            skip: whether finished blocks can be skipped (``can_skip``).
+            dense: whether the dense network's activations travel beside the pruned one's.
+            ranks: the processes.
+            store: whose siblings keep the activations.
+        """
         size = max(1, min(batch_size_for(windows.shape[1]), len(windows) // LEAST_BATCHES))
-        pruned = Stream(model, blocks, windows, size, skip)
+        pruned = Stream(model, blocks, windows, size, skip, store.sibling())
         count = min(PARTS, len(pruned))
         ends = [i * len(pruned) // count for i in range(count + 1)]
         return cls(
             pruned,
-            Stream(model, blocks, windows, size, skip) if dense else None,
+            Stream(model, blocks, windows, size, skip, store.sibling()) if dense else None,
             tuple(range(first, last) for first, last in pairwise(ends)),
             ranks,
         )

@@ -29,6 +29,7 @@ from .experts import all_tokens, entries, fallback_gram, least_tokens, warn_of_s
 from .gathering import Flow, add_inputs, batch_size_for, gather
 from .gradients import gradient_moments
 from .masks import pack_mask, unpack_bytes
+from .memory import ActivationStore
 from .models import Block, PrunableLayer
 from .objective import Objective
 from .problems import Drift, Gram, GramAccumulator, LayerProblem, output_metric
@@ -94,6 +95,7 @@ def prune_layers(
     masks: Mapping[str, Tensor] | None = None,
     ranks: Ranks | None = None,
     min_expert_tokens: int | None = None,
+    store: ActivationStore | None = None,
 ) -> dict[str, Tensor]:
     """Choose and apply a mask for every layer of ``blocks``, in place.
 
@@ -115,6 +117,7 @@ def prune_layers(
             record of the first one counts.
         min_expert_tokens: experts that fewer calibration tokens reach are pruned by a fallback (see
             ``experts``); the width of the layer by default.
+        store: says where activations are kept; in main memory by default.
 
     Returns:
         Mask (rows, cols), bool, of each layer by name.
@@ -143,6 +146,7 @@ def prune_layers(
             sum(layer.weight.numel() for layer in layers),
             ranks,
             min_expert_tokens,
+            store or ActivationStore(),
         )
         return job.run(calibration, held_out)
 
@@ -228,6 +232,7 @@ class _Sums:
         calibration, held_out, checks: on calibration windows, held-out text and held-out windows.
         reading: layers of experts that read the tokens as they come.
         mixtures: sums over all experts of a mixture that were needed already.
+        grams: Gram matrix of the group that is pruned, shared by its layers with all that is derived from it.
     """
 
     calibration: dict[str, GramAccumulator]
@@ -235,6 +240,15 @@ class _Sums:
     checks: dict[str, GramAccumulator]
     reading: set[str]
     mixtures: dict[str, GramAccumulator] = field(default_factory=dict)
+    grams: dict[str, Gram] = field(default_factory=dict)
+
+    def gram(self, leader: str) -> Gram | None:
+        """Of the group of ``leader`` on calibration windows, None without tokens."""
+        if leader not in self.grams:
+            self.grams.clear()
+            if self.calibration[leader].tokens:
+                self.grams[leader] = self.calibration[leader].gram()
+        return self.grams.get(leader)
 
     def mixture(self, layer: PrunableLayer) -> GramAccumulator | None:
         """Of all tokens that reach the mixture of an expert whose layer reads them as they come."""
@@ -289,6 +303,7 @@ class _Job:
     total_weights: int
     ranks: Ranks
     min_expert_tokens: int | None
+    store: ActivationStore
 
     def run(self, calibration: Tensor, held_out: Tensor | None) -> dict[str, Tensor]:
         skip = self.ranks.from_first(lambda: can_skip(self.model, self.blocks, calibration))
@@ -342,7 +357,7 @@ class _Job:
 
     def _flow(self, windows: Tensor, skip: bool) -> Flow:
         dense = self.objective.needs_dense_stream
-        return Flow.of(self.model, self.blocks, windows, skip, dense, self.ranks)
+        return Flow.of(self.model, self.blocks, windows, skip, dense, self.ranks, self.store)
 
     def _prune_group(
         self,
@@ -443,12 +458,14 @@ class _Job:
         if coupled and not self.ranks.first:
             return None
         calibration, checks = sums.calibration[leader], sums.checks.get(leader)
-        problem, plain, fallback = self._problem(layer, calibration, sums.mixture(layer), moment, strength)
+        problem, plain, fallback = self._problem(
+            layer, calibration, sums.gram(leader), sums.mixture(layer), moment, strength
+        )
         solver = self.solver
         if problem.metric is not None and not solver.metric:
             solver = RowSweeps(solver, self.objective.sweeps)
         if checks is not None and checks.tokens and isinstance(solver, OneSwap):
-            held_out, _, _ = self._problem(layer, checks, None, None, strength)
+            held_out, _, _ = self._problem(layer, checks, checks.gram(), None, None, strength)
             solver = HeldOutStop(held_out, solver)
         start = self.start if self.masks is None else Given(self.masks[layer.name])
         scores = start.group is Group.SCORE and solver.group is Group.SCORE
@@ -565,6 +582,7 @@ class _Job:
         self,
         layer: PrunableLayer,
         sums: GramAccumulator,
+        own: Gram | None,
         mixture: GramAccumulator | None,
         moment: Tensor | None,
         strength: float,
@@ -577,12 +595,13 @@ class _Job:
         least = least_tokens(layer, self.min_expert_tokens)
         if sums.tokens < least:
             gram, fallback = fallback_gram(layer, sums, mixture, least)
-        if gram is None and sums.tokens == 0:
+        if own is None and gram is None:
             gram = Gram(torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device))
             fallback = "no token reached the layer: inputs taken as uncorrelated, which is magnitude"
         if gram is not None:
             problem = LayerProblem(weight, gram, pattern, name=layer.name)
             return problem, problem, fallback
+        own = own or sums.gram()
         metric = drift = None
         if moment is not None:
             metric = output_metric(moment.to(weight.device), self.objective.damping)
@@ -596,13 +615,12 @@ class _Job:
                 self.objective.residual if sums.has_residual else 0.0,
                 covariance=metric is not None,
             )
-        gram = sums.gram()
         problem = LayerProblem(
-            weight, gram.shrunk(self.objective.shrinkage), pattern, drift, metric, layer.name
+            weight, own.shrunk(self.objective.shrinkage), pattern, drift, metric, layer.name
         )
         if metric is None and drift is None and self.objective.shrinkage == 0:
             return problem, problem, fallback
-        return problem, replace(problem, gram=gram, drift=None, metric=None), fallback
+        return problem, replace(problem, gram=own, drift=None, metric=None), fallback
 
     def _report(self, finished: LayerRecord) -> None:
         done = sum(layer.rows * layer.cols for layer in self.record.layers())

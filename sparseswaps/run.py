@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -38,6 +38,7 @@ from .masks import (
     unpack_mask,
     verify_model,
 )
+from .memory import ActivationStore, Estimate, estimate, require_memory
 from .models import (
     DEFAULT_EXCLUDE,
     LoadedModel,
@@ -150,6 +151,8 @@ def prune(
     progress: Progress | None = None,
     ranks: Ranks | None = None,
     min_expert_tokens: int | None = None,
+    activation_limit: float | None = None,
+    announce: Callable[[Estimate], None] | None = None,
 ) -> PruneReport:
     """Prune a model and measure what that did.
 
@@ -182,6 +185,9 @@ def prune(
         ranks: the processes that share the work, from ``distributed.joined``; this one alone by default.
         min_expert_tokens: experts that fewer calibration tokens reach are pruned by a fallback (see
             ``experts``); the width of the layer by default.
+        activation_limit: gigabytes (10⁹ bytes) of activations in main memory, the rest goes to files; None
+            for no limit.
+        announce: told what the run will need, before it begins.
 
     Raises:
         InputError: for anything that cannot be used; nothing is left behind then.
@@ -229,6 +235,23 @@ def prune(
     dense = _Dense.of(loaded, layers)
     if min_expert_tokens is not None and min_expert_tokens < 0:
         raise InputError(f"min_expert_tokens counts tokens: expected at least 0, found {min_expert_tokens}")
+    if activation_limit is not None and not activation_limit >= 0:
+        raise InputError(f"activation limit in GB: expected at least 0, found {activation_limit:g}")
+    limit = None if activation_limit is None else int(activation_limit * 1e9)
+    needs = estimate(
+        loaded.model,
+        blocks,
+        windows.tokens,
+        0 if eval_windows is None else min(len(eval_windows), HELD_OUT_WINDOWS),
+        objective.needs_dense_stream,
+        mode is Mode.ONE_SHOT,
+        ranks.count,
+        limit,
+    )
+    if announce is not None and ranks.first:
+        announce(needs)
+    require_memory(needs, target)
+    store = ActivationStore(limit)
     settings = {
         "model": loaded.source,
         "weights": dense.hash_of_all(),
@@ -296,6 +319,7 @@ def prune(
             None,
             ranks,
             min_expert_tokens,
+            store,
         )
         refinement = None
         if outputs is not None:
@@ -331,6 +355,7 @@ def prune(
                 masks,
                 ranks,
                 min_expert_tokens,
+                store,
             )
         if not ranks.first:
             return ranks.from_first(_never)

@@ -113,6 +113,9 @@ def prune(
         int | None,
         typer.Option(help="Experts that fewer tokens reach get a fallback; the layer's width by default."),
     ] = None,
+    activation_limit: Annotated[
+        float | None, typer.Option(help="GB of activations in main memory; the rest goes to files.")
+    ] = None,
     rank_timeout: Annotated[
         float, typer.Option(help="Seconds after which a silent process counts as lost (torchrun).")
     ] = PATIENCE,
@@ -162,6 +165,8 @@ def prune(
                 progress=bars,
                 ranks=ranks,
                 min_expert_tokens=min_expert_tokens,
+                activation_limit=activation_limit,
+                announce=lambda needs: error_console.print(str(needs), highlight=False, soft_wrap=True),
                 **arguments,
             )
     except KeyboardInterrupt:

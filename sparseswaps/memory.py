@@ -1,0 +1,302 @@
+"""What a run will need before it begins: peak memory of host and device, and time.
+
+Pruning block by block holds, beside the model, the activations of the calibration windows at one block (twice
+with drift), the sums of one step (each Gram matrix twice, see ``gathering``), and what a search needs on the
+widest layer. None of these grows with the number of blocks.
+
+The estimate counts tensors, not what libraries and allocators add, and so is a little low. Time is the number
+of products of matrices over a rate that is measured for a moment; it is rough.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .errors import InputError
+from .models import Block, PrunableLayer
+
+GB = 1e9
+# Bytes per entry of the widest layer's Gram matrix and weight while it is searched: the matrix and its
+# correlation in float64, the correlation in float32; weight, drift and cost in float64, weight in float32.
+GRAM_BYTES, SEARCH_BYTES = 20, 36
+# A forward pass to step k of n runs the block up to there; then once more, to advance.
+PASSES = 3.5
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will need.
+
+    Attributes:
+        model_bytes: parameters and buffers, where the model is.
+        host_bytes: beside the model, in main memory.
+        device_bytes: beside the model, on the device; 0 where that is the CPU.
+        seconds: of the layers, without evaluation, output metric, allocation and refinement.
+    """
+
+    model_bytes: int
+    host_bytes: int
+    device_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        where = f", {self.device_bytes / GB:.2f} GB on the device" if self.device_bytes else ""
+        return (
+            f"estimate: model {self.model_bytes / GB:.2f} GB, beside it {self.host_bytes / GB:.2f} GB of "
+            f"main memory{where}, about {_duration(self.seconds)} for the layers"
+        )
+
+
+def estimate(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    windows: Tensor,
+    held_out: int,
+    drift: bool,
+    one_shot: bool,
+    ranks: int = 1,
+    activation_limit: int | None = None,
+) -> Estimate:
+    """What pruning ``blocks`` will need.
+
+    Args:
+        model: where it will run.
+        blocks: from ``find_blocks``.
+        windows: calibration windows (windows, length).
+        held_out: held-out windows of the same length.
+        drift: whether dense and pruned activations travel side by side.
+        one_shot: whether the sums of a whole block are held at a time.
+        ranks: processes that share windows and rows.
+        activation_limit: bytes of activations in main memory, the rest on disk; None for no limit.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    device = next(model.parameters()).device
+    length = windows.shape[1]
+    hidden = _hidden_size(model, blocks)
+    layers = [layer for block in blocks for layer in block.layers]
+    widest = max(layers, key=lambda layer: layer.weight.shape[1])
+    rows = max(layer.weight.shape[0] for layer in layers)
+    cols = widest.weight.shape[1]
+    element = layers[0].weight.element_size()
+    streams = len({block.stack for block in blocks}) * (2 if drift else 1)
+    activations = (len(windows) + held_out) * length * hidden * element * streams // ranks
+    if activation_limit is not None:
+        activations = min(activations, activation_limit)
+    matrices = 3 if drift else 1
+    copies = 2 + (1 if held_out else 0)
+    sums = max(_sum_entries(block.layers, one_shot) for block in blocks) * 8 * matrices * copies
+    search = GRAM_BYTES * cols**2 + SEARCH_BYTES * rows * cols // ranks
+    block_weights = max(sum(x.weight.numel() * element for x in block.layers) for block in blocks)
+    tokens = min(8192, len(windows) * length)
+    forward = tokens * (6 * hidden + 3 * max(rows, cols)) * element
+    dense = sum(layer.weight.numel() * element for layer in layers)
+    beside = sums + search + 2 * block_weights + forward
+    flops = _flops(layers, len(windows) * length, drift, ranks)
+    on_device = device.type != "cpu"
+    return Estimate(
+        sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        activations + dense + (0 if on_device else beside),
+        beside if on_device else 0,
+        flops / _rate(device),
+    )
+
+
+def require_memory(found: Estimate, device: torch.device) -> None:
+    """Refuse a run that cannot fit.
+
+    Raises:
+        InputError: saying what is needed, what there is and what would help.
+    """
+    pairs = [("main memory", found.host_bytes, available_memory())]
+    if device.type == "cuda":
+        pairs.append((f"memory of {device}", found.device_bytes, torch.cuda.mem_get_info(device)[0]))
+    for name, needed, there in pairs:
+        if there is not None and needed > there:
+            raise InputError(
+                f"{name}: expected {needed / GB:.2f} GB for activations, Gram matrices and search beside the "
+                f"model, found {there / GB:.2f} GB free; fewer or shorter windows, sequential mode, no drift "
+                "or a limit of activations in memory need less"
+            )
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory that this process may still take, None where nobody says."""
+    found = []
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            found.append(int(line.split()[1]) * 1024)
+    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        root = Path("/sys/fs/cgroup") if limit == "memory.max" else Path("/sys/fs/cgroup/memory")
+        folder = root / _own_group(limit != "memory.max")
+        most, now = _lines(folder / limit), _lines(folder / used)
+        if most and now and most[0].isdigit():
+            cached = sum(int(x.split()[1]) for x in _lines(folder / "memory.stat") if x.startswith("file "))
+            found.append(int(most[0]) - int(now[0]) + cached)
+    soft = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    if soft != resource.RLIM_INFINITY:
+        used_data = [int(x.split()[1]) * 1024 for x in _lines(Path("/proc/self/status")) if "VmData" in x]
+        found.append(soft - sum(used_data))
+    return max(0, min(found)) if found else None
+
+
+@dataclass
+class _Held:
+    """Bytes of activations in main memory."""
+
+    size: int = 0
+
+
+class ActivationStore:
+    """Outputs of blocks, in main memory up to a limit and beyond it in files.
+
+    Args:
+        limit: bytes in main memory; None for no limit.
+        folder: where a folder of files is made, which disappears with the store; the system's by default.
+    """
+
+    def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
+        self._limit = limit
+        self._parent = folder
+        self._folder: Path | None = None
+        self._held = _Held()
+        self._kept: dict[tuple[int, int], tuple[list[Any], Any, int]] = {}
+
+    def sibling(self) -> ActivationStore:
+        """Another store, for another stream, under the same limit."""
+        other = ActivationStore(self._limit, self._parent)
+        other._held = self._held
+        return other
+
+    def keep(self, batch: int, stack: int, output: Any) -> None:
+        """Remember what a block of ``stack`` returned for ``batch``, instead of the block before it."""
+        leaves, structure = pytree.tree_flatten(output)
+        leaves = [leaf.cpu() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        size = sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
+        if (batch, stack) in self._kept:
+            self._held.size -= self._kept[batch, stack][2]
+        if self._limit is not None and self._held.size + size > self._limit:
+            leaves = [
+                self._write(leaf, f"{batch}-{stack}-{number}") if isinstance(leaf, Tensor) else leaf
+                for number, leaf in enumerate(leaves)
+            ]
+            size = 0
+        self._held.size += size
+        self._kept[batch, stack] = leaves, structure, size
+
+    def recall(self, batch: int, stack: int, device: torch.device) -> Any:
+        """A copy on ``device``, because the model may write into what a block returns."""
+        leaves, structure, _ = self._kept[batch, stack]
+        read = [leaf.read() if isinstance(leaf, _OnDisk) else leaf for leaf in leaves]
+        copies = [leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in read]
+        return pytree.tree_unflatten(copies, structure)
+
+    def tensors(self, batch: int, stack: int) -> list[Tensor]:
+        """The tensors of an output, none if it was not kept."""
+        if (batch, stack) not in self._kept:
+            return []
+        output = self.recall(batch, stack, torch.device("cpu"))
+        return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+    def _write(self, tensor: Tensor, name: str) -> _OnDisk:
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="sparseswaps-", dir=self._parent))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        path = self._folder / name
+        torch.save(tensor.contiguous().clone(), path)
+        return _OnDisk(path)
+
+
+@dataclass(frozen=True)
+class _OnDisk:
+    """A tensor in a file."""
+
+    path: Path
+
+    def read(self) -> Tensor:
+        found: Tensor = torch.load(self.path, weights_only=True)
+        return found
+
+
+def _hidden_size(model: nn.Module, blocks: Sequence[Block]) -> int:
+    size = getattr(getattr(model, "config", None), "hidden_size", None)
+    if isinstance(size, int):
+        return size
+    return min(layer.weight.shape[1] for block in blocks for layer in block.layers)
+
+
+def _groups(layers: Sequence[PrunableLayer]) -> dict[tuple[int, int, int | None], PrunableLayer]:
+    """One layer for each parent module, width and expert: about the layers that share an input."""
+    return {
+        (hash(layer.name.rsplit(".", 1)[0]), layer.weight.shape[1], layer.expert): layer for layer in layers
+    }
+
+
+def _sum_entries(layers: Sequence[PrunableLayer], one_shot: bool) -> int:
+    """Entries of the Gram matrices that are held at a time."""
+    if not layers:
+        return 0
+    groups = list(_groups(layers).values())
+    if one_shot:
+        return sum(layer.weight.shape[1] ** 2 for layer in groups)
+    experts: dict[str, int] = {}
+    for layer in groups:
+        family = layer.name.rsplit(".", 1)[0] if layer.expert is not None else layer.name
+        experts[family] = experts.get(family, 0) + layer.weight.shape[1] ** 2
+    return max(experts.values())
+
+
+def _flops(layers: Sequence[PrunableLayer], tokens: int, drift: bool, ranks: int) -> float:
+    total = 0.0
+    for layer in layers:
+        rows, cols = layer.weight.shape
+        total += PASSES * (2 if drift else 1) * 2 * rows * cols * tokens / ranks
+        total += 2 * 3 * 2 * rows * cols**2 / ranks  # three products in float64, each worth two in float32
+    for layer in _groups(layers).values():
+        total += (3 if drift else 1) * 2 * layer.weight.shape[1] ** 2 * tokens / ranks
+    return total
+
+
+def _rate(device: torch.device) -> float:
+    """Operations per second of a product of matrices in float32."""
+    size = 512 if device.type == "cpu" else 4096
+    matrix = torch.rand(size, size, device=device)
+    best = float("inf")
+    for _ in range(3):
+        begin = time.perf_counter()
+        float((matrix @ matrix)[0, 0])
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def _own_group(version_one: bool) -> str:
+    """Path of this process's control group below the root."""
+    for line in _lines(Path("/proc/self/cgroup")):
+        _, controllers, path = line.split(":", 2)
+        if (version_one and "memory" in controllers.split(",")) or (not version_one and not controllers):
+            return path.strip("/")
+    return ""
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
