@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -362,7 +363,7 @@ def _drift_strength(record: ModelRecord) -> str | None:
     if record.mode == "one-shot" or record.objective == "plain":
         return record.mode if record.mode == "one-shot" else "0"
     name, _, value = record.objective.partition("=")
-    return value if name == "drift" and "," not in value else None
+    return value if name == "drift" and re.fullmatch(r"[\d.]+", value) else None
 
 
 FACTORS = (

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from study_rows import model_runs
 
+from sparseswaps.reports.ablations import FACTORS
 from sparseswaps.reports.objectives import interval, method_name, objective_sections
 
 # perplexity of three calibration seeds by (objective, refinement, update)
@@ -89,3 +90,18 @@ def test_figures_hold_the_rows_of_the_table():
         table, figure = section.items
         assert figure.rows == table.rows
         assert "<svg" in figure.to_svg()
+
+
+def test_only_numbers_are_strengths_of_the_drift():
+    drift = next(factor for factor in FACTORS if factor.name == "drift")
+    record = runs()[0]
+    for objective, expected in (
+        ("plain", "0"),
+        ("drift=0.5", "0.5"),
+        ("drift=auto", None),
+        ("drift=0.5,metric", None),
+        ("metric", None),
+    ):
+        value = drift.value(replace(record, objective=objective))
+        assert value == expected
+        assert value is None or drift.order(value) == float(value)
