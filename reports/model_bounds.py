@@ -14,7 +14,7 @@ from .figures import Figure
 from .page import Section
 from .palette import style
 from .statistics import gap
-from .study_data import pattern_name, pattern_order
+from .study_data import file_stem, pattern_name, pattern_order
 from .tables import Column, Row, Table
 
 ALL_KINDS = "all layers"
@@ -173,7 +173,7 @@ def _figure(model: str, rows: Sequence[Row]) -> Figure | None:
         panels[0].set_ylim(len(kinds) - 0.5, -0.5)
         legend_below(canvas, panels[0])
 
-    stem = "".join(letter if letter.isalnum() else "-" for letter in model.lower())
+    stem = file_stem(model)
     return Figure(
         f"certified-layers-{stem}",
         f"{model}, {pattern}: error and certified gap by layer type",

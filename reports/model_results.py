@@ -16,7 +16,7 @@ from .figures import Figure
 from .model_bounds import model_bounds_section
 from .page import Section
 from .palette import INK, NEUTRAL, style
-from .study_data import pattern_name, pattern_order
+from .study_data import file_stem, pattern_name, pattern_order
 from .tables import Column, Row, Table
 
 # Runs that a legend tells apart; with more of them, one sign stands for all runs of a solver.
@@ -229,7 +229,7 @@ def error_against_quality(model: str, models: Sequence[ModelRecord]) -> Figure |
         axes.set_ylabel("perplexity" if causal else "1 − mean cosine to the dense model")
         legend_below(canvas, axes)
 
-    stem = "".join(letter if letter.isalnum() else "-" for letter in model.lower())
+    stem = file_stem(model)
     return Figure(
         f"error-quality-{stem}",
         f"Layer error against {'perplexity' if causal else 'cosine'}, {model}",
@@ -339,7 +339,7 @@ def _map(model: str, models: Sequence[ModelRecord], layers: Sequence[ModelLayer]
     ]  # fmt: skip
     if not rows:
         return None
-    stem = "".join(letter if letter.isalnum() else "-" for letter in model.lower())
+    stem = file_stem(model)
     return layer_error_map(
         list(labels.values()),
         rows,

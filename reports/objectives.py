@@ -13,9 +13,10 @@ from scipy import stats
 from ..study_records import ModelRecord
 from .axes import legend_below, numbers, plain_log, series
 from .figures import Figure
+from .model_results import quality
 from .page import Section
 from .palette import NEUTRAL, style
-from .study_data import pattern_name, pattern_order
+from .study_data import file_stem, pattern_name, pattern_order
 from .tables import Column, Row, Table
 
 # The group of methods that change kept weights, which no table mixes with masks.
@@ -57,7 +58,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 def objective_sections(models: Sequence[ModelRecord]) -> list[Section]:
     """Masks alone, then updated weights; empty unless something ran with more than one seed."""
-    done = [record for record in models if not record.failure and _quality(record) is not None]
+    done = [record for record in models if not record.failure and quality(record) is not None]
     groups: dict[tuple[str, str, str], dict[int, ModelRecord]] = {}
     for record in done:
         groups.setdefault((record.model, record.pattern, method_name(record)), {})[record.seed] = record
@@ -81,16 +82,9 @@ def _group(run: _Runs) -> str:
     return next(iter(run.records.values())).group
 
 
-def _quality(record: ModelRecord) -> float | None:
-    """Perplexity, or 1 - mean cosine of an encoder: smaller is better."""
-    if record.perplexity is not None:
-        return record.perplexity
-    return None if record.cosine is None else 1 - record.cosine
-
-
 def _value(record: ModelRecord) -> float:
-    quality = _quality(record)
-    return math.nan if quality is None else quality
+    found = quality(record)
+    return math.nan if found is None else found
 
 
 def _rows(runs: Sequence[_Runs], everything: Sequence[_Runs]) -> list[Row]:
@@ -98,7 +92,7 @@ def _rows(runs: Sequence[_Runs], everything: Sequence[_Runs]) -> list[Row]:
     rows: list[Row] = []
     for run in runs:
         records = list(run.records.values())
-        quality = interval([_value(record) for record in records])
+        mean = interval([_value(record) for record in records])
         base = plain.get((run.model, run.pattern))
         change: tuple[float | None, float | None, float | None] = (None, None, None)
         seeds = [] if base is None or base is run else sorted(set(run.records) & set(base.records))
@@ -114,7 +108,7 @@ def _rows(runs: Sequence[_Runs], everything: Sequence[_Runs]) -> list[Row]:
                 run.pattern,
                 run.method,
                 len(records),
-                *quality,
+                *mean,
                 *change,
                 float(np.mean([record.error or 0.0 for record in records])),
                 _mean([record.held_out_error for record in records]),
@@ -221,7 +215,7 @@ def _figure(model: str, rows: Sequence[Row], updated: bool) -> Figure:
         axes.set(xlabel="pattern", ylabel="perplexity" if causal else "1 − mean cosine")
         legend_below(canvas, axes, 2)
 
-    stem = "".join(letter if letter.isalnum() else "-" for letter in model.lower())
+    stem = file_stem(model)
     return Figure(
         f"{'updates' if updated else 'objectives'}-{stem}",
         f"{'Updated weights' if updated else 'Masks alone'}: quality of {model}",

@@ -171,6 +171,11 @@ class StudyData:
         return {index: points for index, points in found.items() if len(points) > 1}
 
 
+def file_stem(name: str) -> str:
+    """A name of a model as part of a file's name."""
+    return "".join(letter if letter.isalnum() else "-" for letter in name.lower())
+
+
 def is_per_row(pattern: str) -> bool:
     """Whether a pattern is a share of pruned weights rather than N:M."""
     return ":" not in pattern

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
-from .gathering import batch_size_for
+from .gathering import gradient_batch_size_for
 from .gradients import gradient_moments
 from .models import Block
 from .pipeline import layer_problems
@@ -85,7 +85,7 @@ def allocate(
     moments: dict[str, Tensor] = {}
     levels = sparsity_levels(sparsity)
     if rule is Allocation.KNAPSACK:
-        batch_size = max(1, batch_size_for(calibration.shape[1]) // 2)
+        batch_size = gradient_batch_size_for(calibration.shape[1])
         moments = gradient_moments(model, blocks, calibration, batch_size)
     for done, problem in enumerate(layer_problems(model, blocks, pattern, calibration), start=1):
         if rule is Allocation.OWL:

@@ -35,6 +35,11 @@ def batch_size_for(length: int) -> int:
     return max(1, TOKENS_PER_BATCH // length)
 
 
+def gradient_batch_size_for(length: int) -> int:
+    """Windows of ``length`` tokens per forward and backward call: half, for what the backward pass keeps."""
+    return max(1, batch_size_for(length) // 2)
+
+
 @dataclass(frozen=True, eq=False)
 class Flow:
     """Activations of the pruned network, and beside them of the dense one where drift needs them.

@@ -26,7 +26,7 @@ from .dense_outputs import DenseOutputs
 from .distributed import Given, Ranks, rows_alone, solve_shared
 from .errors import InputError, InvalidModelError, NoIncumbentError
 from .experts import all_tokens, entries, fallback_gram, least_tokens, warn_of_starved
-from .gathering import Flow, add_inputs, batch_size_for, gather
+from .gathering import Flow, add_inputs, batch_size_for, gather, gradient_batch_size_for
 from .gradients import gradient_moments
 from .masks import pack_mask, unpack_bytes
 from .memory import ActivationStore
@@ -318,7 +318,7 @@ class _Job:
                 self.model,
                 self.blocks,
                 calibration,
-                max(1, batch_size_for(calibration.shape[1]) // 2),
+                gradient_batch_size_for(calibration.shape[1]),
                 report=lambda done, total: self.progress.stage("output metric", done, total),
             )
         calibration, checks = _split(calibration, self.objective.held_out_share)

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from .activations import Stream, can_skip, forward_replaced, steps_of
 from .dense_outputs import DenseOutputs
 from .errors import InputError, InvalidModelError
-from .gathering import batch_size_for
+from .gathering import gradient_batch_size_for
 from .gradients import checkpointed, gradient_moments, no_weight_gradients
 from .masks import pack_mask, unpack_bytes
 from .models import Block, PrunableLayer
@@ -188,7 +188,7 @@ class _Refiner:
         for layer in layers:
             if layer.name in packed:  # a run that was interrupted goes on with the same moments
                 self._apply(layer, unpack_bytes(packed[layer.name], layer.weight.shape))
-        size = max(1, batch_size_for(self.calibration.shape[1]) // 2)
+        size = gradient_batch_size_for(self.calibration.shape[1])
         moments = gradient_moments(self.model, self.blocks, self.calibration, size, seed=number)
         for layer in layers:
             self._apply(layer, now[layer.name])

@@ -26,7 +26,7 @@ from .dense_outputs import DenseOutputs
 from .distributed import Ranks
 from .errors import InputError, InvalidFileError, InvalidTextError
 from .evaluation import is_causal, mean_cosine, perplexity, pooled_embeddings
-from .gathering import batch_size_for
+from .gathering import gradient_batch_size_for
 from .masks import (
     MASK_FILE,
     LayerMask,
@@ -301,7 +301,7 @@ def prune(
         record.set({"patterns": patterns})
         outputs = None
         if refine and ranks.first:
-            size = max(1, batch_size_for(length) // 2)
+            size = gradient_batch_size_for(length)
             outputs = DenseOutputs(loaded.model, windows.tokens, size)
         held_out = None if eval_windows is None else _spread(eval_windows.tokens, HELD_OUT_WINDOWS)
         masks = prune_layers(
