@@ -19,7 +19,8 @@ import sparseswaps as ss
 from sparseswaps.calibration import calibration_windows
 from sparseswaps.demo import MODEL
 from sparseswaps.gradients import gradient_moments
-from sparseswaps.models import find_blocks, load_model
+from sparseswaps.loading import load_model
+from sparseswaps.models import find_blocks
 
 SIZES = ((2, 16), (4, 16), (4, 24), (8, 16))
 SECONDS = 20.0

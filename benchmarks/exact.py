@@ -22,7 +22,8 @@ import torch
 
 import sparseswaps as ss
 from sparseswaps.calibration import calibration_windows
-from sparseswaps.models import find_blocks, load_model
+from sparseswaps.loading import load_model
+from sparseswaps.models import find_blocks
 from sparseswaps.pipeline import layer_problems
 from sparseswaps.solvers.bounds import RowSplit
 

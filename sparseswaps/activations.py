@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from .errors import InvalidModelError
 from .memory import ActivationStore
-from .models import Block, PrunableLayer, forward_inputs
+from .models import Block, PrunableLayer, device_of, forward_inputs
+from .offload import Residence
 
 Observer = Callable[[PrunableLayer, Tensor], None]
 
@@ -120,7 +121,7 @@ class Stream:
         self._done += 1
 
     def _forward(self, batch: int) -> None:
-        device = next(self._model.parameters()).device
+        device = device_of(self._model)
         try:
             with torch.no_grad():
                 self._model(**forward_inputs(self._model, self._batches[batch].to(device)))
@@ -130,7 +131,7 @@ class Stream:
     @contextmanager
     def recalled(self, batch: int) -> Iterator[None]:
         """Finished blocks return what they returned before for this batch; the others run as ever."""
-        device = next(self._model.parameters()).device
+        device = device_of(self._model)
 
         def recall(stack: int) -> Callable[..., Any]:
             return lambda *_, **__: self._store.recall(batch, stack, device)
@@ -187,7 +188,7 @@ def can_skip(model: nn.Module, blocks: Sequence[Block], windows: Tensor) -> bool
         module.register_forward_hook(lambda _m, _i, output, stack=stack: ends.__setitem__(stack, output))
         for stack, module in last.items()
     ]
-    device = next(model.parameters()).device
+    device = device_of(model)
     try:
         with torch.no_grad():
             model(**forward_inputs(model, window.to(device)))
@@ -206,6 +207,33 @@ def can_skip(model: nn.Module, blocks: Sequence[Block], windows: Tensor) -> bool
         ):
             return False
     return True
+
+
+def stream_through(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    windows: Tensor,
+    batch_size: int,
+    residence: Residence,
+    store: ActivationStore | None = None,
+) -> Stream:
+    """A stream whose blocks are all finished: each was in memory once, for all batches.
+
+    Args:
+        model: the network as it is now.
+        blocks: all its blocks, from ``find_blocks``.
+        windows: (windows, length) token ids.
+        batch_size: windows per forward call.
+        residence: where the blocks' weights are.
+        store: keeps what blocks return; main memory by default.
+    """
+    stream = Stream(model, blocks, windows, batch_size, store=store)
+    for block in blocks:
+        with residence.resident(block):
+            for batch in range(len(stream)):
+                stream.advance(batch)
+        stream.finish_block()
+    return stream
 
 
 def steps_of(stream: Stream) -> list[Step]:

@@ -27,6 +27,7 @@ from .errors import InputError
 from .gathering import gradient_batch_size_for
 from .gradients import gradient_moments
 from .models import Block
+from .offload import Residence
 from .pipeline import layer_problems
 from .problems import LayerProblem
 from .problems.pattern import SparsityPattern, parse_pattern
@@ -59,6 +60,7 @@ def allocate(
     rule: Allocation,
     solver: Solver,
     report: Report | None = None,
+    residence: Residence | None = None,
 ) -> dict[str, str]:
     """The pattern of each layer by name.
 
@@ -70,6 +72,7 @@ def allocate(
         rule: how the budget is spread.
         solver: measures the error curves of the knapsack.
         report: called with (layers done, layers in all).
+        residence: where the blocks' weights are; in the model by default.
 
     Raises:
         InputError: for N:M patterns and budgets of a layer, which leave nothing to choose.
@@ -87,7 +90,8 @@ def allocate(
     if rule is Allocation.KNAPSACK:
         batch_size = gradient_batch_size_for(calibration.shape[1])
         moments = gradient_moments(model, blocks, calibration, batch_size)
-    for done, problem in enumerate(layer_problems(model, blocks, pattern, calibration), start=1):
+    problems = layer_problems(model, blocks, pattern, calibration, residence)
+    for done, problem in enumerate(problems, start=1):
         if rule is Allocation.OWL:
             shares[problem.name] = outlier_share(problem)
         else:

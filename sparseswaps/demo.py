@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from .calibration import calibration_windows, evaluation_windows
-from .models import load_model
+from .loading import load_model
 from .objective import Objective
 from .pipeline import Progress
 from .records import LayerRecord

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .activations import Stream
 from .gradients import embeddings_of, logits_of
-from .models import forward_inputs
+from .models import device_of, forward_inputs
 
 
 class DenseOutputs:
@@ -53,7 +53,7 @@ class DenseOutputs:
 
     def loss(self, model: nn.Module, batch: int) -> Tensor:
         """The loss of ``model`` on one batch, summed over its tokens or windows."""
-        device = next(model.parameters()).device
+        device = device_of(model)
         output = model(**forward_inputs(model, self._batches[batch].to(device)))
         logits, kept = logits_of(output), self._kept[batch].to(device)
         if logits is None:
@@ -76,7 +76,7 @@ class DenseOutputs:
         if self._head is not None:
             hooks.append(self._head.register_forward_pre_hook(lambda _m, args: seen.append(args[0])))
         try:
-            device = next(model.parameters()).device
+            device = device_of(model)
             output = model(**forward_inputs(model, batch.to(device)))
         finally:
             for hook in hooks:

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .activations import forward_replaced
 from .errors import InvalidModelError
-from .models import Block, PrunableLayer, forward_inputs, model_kind
+from .models import Block, PrunableLayer, device_of, forward_inputs, model_kind
 
 # Directions per window for encoders without a head: one is too noisy a sample of their second moment.
 PROBES = 4
@@ -60,7 +60,7 @@ def gradient_moments(
     """
     moments: dict[str, Tensor] = {}
     layers = [layer for block in blocks for layer in block.layers if layer.expert is None]
-    device = next(model.parameters()).device
+    device = device_of(model)
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
         stack.enter_context(no_weight_gradients(model))
@@ -91,7 +91,7 @@ def gradient_moments(
 
 
 def _has_logits(model: nn.Module, windows: Tensor) -> bool:
-    device = next(model.parameters()).device
+    device = device_of(model)
     with torch.no_grad():
         output = model(**forward_inputs(model, windows[:1].to(device)))
     return logits_of(output) is not None

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import final
 
 import numpy as np
 import torch
@@ -21,7 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import InvalidFileError, VerificationError
+from .loading import LoadedModel
 from .models import PrunableLayer, find_blocks, weight_hash
+from .offload import Residence
 from .problems.pattern import Pattern, pattern_of
 
 FORMAT = "sparseswaps-masks-1"
@@ -48,6 +53,29 @@ class LayerMask:
     dense_hash: str
     kept_hash: str
     updated: bool = False
+
+
+@final
+class PackedMasks(Mapping[str, Tensor]):
+    """Masks (rows, cols), bool, by layer name, unpacked whenever they are asked for.
+
+    Args:
+        cols: number of columns of each layer.
+        packed: the packed bits of a layer (rows, ⌈cols/8⌉).
+    """
+
+    def __init__(self, cols: Mapping[str, int], packed: Callable[[str], Tensor]) -> None:
+        self._cols = cols
+        self._packed = packed
+
+    def __getitem__(self, name: str) -> Tensor:
+        return unpack_mask(self._packed(name), self._cols[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._cols)
+
+    def __len__(self) -> int:
+        return len(self._cols)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +164,15 @@ def save_masks(path: Path, masks: Mapping[str, Tensor], layers: Mapping[str, Lay
         "model": model,
         "layers": json.dumps({name: asdict(facts) for name, facts in layers.items()}),
     }
-    save_file({name: pack_mask(mask) for name, mask in masks.items()}, path, metadata)
+    # one layer's bits after the other go to a mapped file, so that those of a large model need no memory
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".bits-") as folder:
+        bits: dict[str, Tensor] = {}
+        for number, (name, mask) in enumerate(masks.items()):
+            packed = pack_mask(mask)
+            file = str(Path(folder) / str(number))
+            mapped = torch.from_file(file, shared=True, size=packed.numel(), dtype=torch.uint8)
+            bits[name] = mapped.view(packed.shape).copy_(packed)
+        save_file(bits, path, metadata)
 
 
 def load_masks(path: str | os.PathLike[str]) -> MaskFile:
@@ -153,6 +189,7 @@ def load_masks(path: str | os.PathLike[str]) -> MaskFile:
     try:
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}
+            # these are mapped, and come to memory when they are used
             packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
     except (SafetensorError, OSError) as error:
         raise InvalidFileError(f"mask file {source}: expected safetensors, found {error}") from error
@@ -168,15 +205,17 @@ def load_masks(path: str | os.PathLike[str]) -> MaskFile:
             raise InvalidFileError(
                 f"mask file {source}, layer {name}: expected packed bits {expected}, found {found}"
             )
-    masks = {name: unpack_mask(packed[name], facts.cols) for name, facts in layers.items()}
+    masks = PackedMasks({name: facts.cols for name, facts in layers.items()}, packed.__getitem__)
     return MaskFile(masks, layers, metadata.get("model", ""))
 
 
-def apply_masks(model: nn.Module, file: MaskFile, same_weights: bool = True) -> dict[str, LayerMask]:
+def apply_masks(
+    model: nn.Module | LoadedModel, file: MaskFile, same_weights: bool = True
+) -> dict[str, LayerMask]:
     """Set pruned weights to zero, in place.
 
     Args:
-        model: a model with the dtypes of its checkpoint.
+        model: a model with the dtypes of its checkpoint; a loaded one may be offloaded.
         file: the masks.
         same_weights: refuse a model whose weights are not those that the masks were made for; turn
             it off to prune fine-tuned weights again, for instance after merging adapters.
@@ -187,7 +226,7 @@ def apply_masks(model: nn.Module, file: MaskFile, same_weights: bool = True) -> 
     Raises:
         InvalidFileError: if a layer is missing or differs.
     """
-    layers = _layers_by_name(model)
+    layers, residence = _layers_by_name(model)
     for name, facts in file.layers.items():
         layer = layers.get(name)
         if layer is None:
@@ -199,12 +238,13 @@ def apply_masks(model: nn.Module, file: MaskFile, same_weights: bool = True) -> 
                 f"masks of {file.model}, layer {name}: expected a weight {(facts.rows, facts.cols)}, "
                 f"found {tuple(layer.weight.shape)}"
             )
-        if same_weights and weight_hash(layer.weight) not in (facts.dense_hash, facts.kept_hash):
+        found = weight_hash(residence.weight(layer)) if same_weights else None
+        if found is not None and found not in (facts.dense_hash, facts.kept_hash):
             raise InvalidFileError(
                 f"masks of {file.model}, layer {name}: expected the weights that the masks were made for, "
-                f"found others ({weight_hash(layer.weight)[:12]} instead of {facts.dense_hash[:12]})"
+                f"found others ({found[:12]} instead of {facts.dense_hash[:12]})"
             )
-        if same_weights and facts.updated and weight_hash(layer.weight) == facts.dense_hash:
+        if found is not None and facts.updated and found == facts.dense_hash:
             raise InvalidFileError(
                 f"masks of {file.model}, layer {name}: expected the saved model, whose kept weights "
                 "were updated too, found the dense one; accept other weights to prune it with the masks alone"
@@ -212,21 +252,31 @@ def apply_masks(model: nn.Module, file: MaskFile, same_weights: bool = True) -> 
     now: dict[str, LayerMask] = {}
     for name, facts in file.layers.items():
         layer = layers[name]
-        mask = file.masks[name]
         pattern = pattern_of(facts.keep, facts.block, facts.scope)
-        now[name] = facts if same_weights else layer_mask(mask, pattern, layer.weight)
-        layer.write(layer.weight.masked_fill(~mask.to(layer.weight.device), 0))
+        now[name] = facts if same_weights else layer_mask(file.masks[name], pattern, residence.weight(layer))
+        residence.change(layer, partial(_masked_by, file.masks, name))
     return now
 
 
-def verify_model(model: nn.Module, file: MaskFile, original: nn.Module | None = None) -> Verification:
+def masked(weight: Tensor, mask: Tensor) -> Tensor:
+    """``weight`` with zeros where ``mask`` prunes, both (rows, cols)."""
+    return weight.masked_fill(~mask.to(weight.device), 0)
+
+
+def _masked_by(masks: Mapping[str, Tensor], name: str, weight: Tensor) -> Tensor:
+    return masked(weight, masks[name])
+
+
+def verify_model(
+    model: nn.Module | LoadedModel, file: MaskFile, original: nn.Module | LoadedModel | None = None
+) -> Verification:
     """Check that a model in its checkpoint's dtypes is exactly what a mask file says.
 
     Every layer must have the pattern, zeros wherever the mask prunes, and kept weights that equal
     the dense model's bit for bit (by hash; with ``original`` also directly).
     """
-    layers = _layers_by_name(model)
-    originals = {} if original is None else _layers_by_name(original)
+    layers, residence = _layers_by_name(model)
+    originals, dense = ({}, Residence()) if original is None else _layers_by_name(original)
     problems: list[str] = []
     weights = pruned = 0
     for name, facts in file.layers.items():
@@ -240,7 +290,7 @@ def verify_model(model: nn.Module, file: MaskFile, original: nn.Module | None = 
             found = "none" if layer is None else str(tuple(layer.weight.shape))
             problems.append(f"layer {name}: expected a weight {(facts.rows, facts.cols)}, found {found}")
             continue
-        weight = layer.weight.cpu()
+        weight = residence.weight(layer).cpu()
         revived = int((weight[~mask] != 0).sum())
         if revived:
             problems.append(
@@ -249,8 +299,8 @@ def verify_model(model: nn.Module, file: MaskFile, original: nn.Module | None = 
         elif weight_hash(weight) != facts.kept_hash:
             problems.append(f"layer {name}: expected kept weights equal to the dense model's, found others")
         if original is not None and not facts.updated:
-            dense = originals.get(name)
-            if dense is None or not torch.equal(dense.weight.cpu()[mask], weight[mask]):
+            twin = originals.get(name)
+            if twin is None or not torch.equal(dense.weight(twin).cpu()[mask], weight[mask]):
                 problems.append(f"layer {name}: expected the kept weights of the original, found others")
     return Verification(len(file.layers), weights, pruned, tuple(problems))
 
@@ -264,6 +314,9 @@ def require_verified(verification: Verification, where: str) -> None:
         )
 
 
-def _layers_by_name(model: nn.Module) -> dict[str, PrunableLayer]:
-    blocks = find_blocks(model, exclude=())
-    return {layer.name: layer for block in blocks for layer in block.layers}
+def _layers_by_name(model: nn.Module | LoadedModel) -> tuple[dict[str, PrunableLayer], Residence]:
+    network, residence = (
+        (model.model, model.residence) if isinstance(model, LoadedModel) else (model, Residence())
+    )
+    blocks = find_blocks(network, exclude=())
+    return {layer.name: layer for block in blocks for layer in block.layers}, residence

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import InputError
-from .models import Block, PrunableLayer
+from .models import Block, PrunableLayer, device_of
 
 GB = 1e9
 # Bytes per entry of the widest layer's Gram matrix and weight while it is searched: the matrix and its
@@ -40,7 +40,7 @@ class Estimate:
     """What a run will need.
 
     Attributes:
-        model_bytes: parameters and buffers, where the model is.
+        model_bytes: parameters and buffers that are in memory all the time, where the model computes.
         host_bytes: beside the model, in main memory.
         device_bytes: beside the model, on the device; 0 where that is the CPU.
         seconds: of the layers, without evaluation, output metric, allocation and refinement.
@@ -68,11 +68,13 @@ def estimate(
     one_shot: bool,
     ranks: int = 1,
     activation_limit: int | None = None,
+    device: torch.device | None = None,
+    offload: bool = False,
 ) -> Estimate:
     """What pruning ``blocks`` will need.
 
     Args:
-        model: where it will run.
+        model: any with its shapes, on the meta device too.
         blocks: from ``find_blocks``.
         windows: calibration windows (windows, length).
         held_out: held-out windows of the same length.
@@ -80,9 +82,10 @@ def estimate(
         one_shot: whether the sums of a whole block are held at a time.
         ranks: processes that share windows and rows.
         activation_limit: bytes of activations in main memory, the rest on disk; None for no limit.
+        device: where it will run; where the model is by default.
+        offload: whether the blocks' weights stay in files, but for one block's.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    device = next(model.parameters()).device
+    device = device or device_of(model)
     length = windows.shape[1]
     hidden = _hidden_size(model, blocks)
     layers = [layer for block in blocks for layer in block.layers]
@@ -99,35 +102,52 @@ def estimate(
     sums = max(_sum_entries(block.layers, one_shot) for block in blocks) * 8 * matrices * copies
     search = GRAM_BYTES * cols**2 + SEARCH_BYTES * rows * cols // ranks
     block_weights = max(sum(x.weight.numel() * element for x in block.layers) for block in blocks)
+    whole = [_bytes_of(block.module) for block in blocks]
+    model_bytes = _bytes_of(model) - (sum(whole) if offload else 0)
     tokens = min(8192, len(windows) * length)
     forward = tokens * (6 * hidden + 3 * max(rows, cols)) * element
-    dense = sum(layer.weight.numel() * element for layer in layers)
-    beside = sums + search + 2 * block_weights + forward
+    dense = 0 if offload else sum(layer.weight.numel() * element for layer in layers)
+    beside = sums + search + 2 * block_weights + forward + (max(whole) if offload else 0)
     flops = _flops(layers, len(windows) * length, drift, ranks)
     on_device = device.type != "cpu"
     return Estimate(
-        sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        model_bytes,
         activations + dense + (0 if on_device else beside),
         beside if on_device else 0,
         flops / _rate(device),
     )
 
 
-def require_memory(found: Estimate, device: torch.device) -> None:
+def require_memory(
+    found: Estimate, device: torch.device, with_model: bool = False, offload: bool = False
+) -> None:
     """Refuse a run that cannot fit.
+
+    Args:
+        found: what it will need.
+        device: where it will run.
+        with_model: whether the model is still to be loaded.
+        offload: whether it will be offloaded.
 
     Raises:
         InputError: saying what is needed, what there is and what would help.
     """
-    pairs = [("main memory", found.host_bytes, available_memory())]
+    on_device = device.type != "cpu"
+    model = found.model_bytes if with_model else 0
+    pairs = [("main memory", found.host_bytes + (0 if on_device else model), available_memory())]
     if device.type == "cuda":
-        pairs.append((f"memory of {device}", found.device_bytes, torch.cuda.mem_get_info(device)[0]))
+        free = torch.cuda.mem_get_info(device)[0]
+        pairs.append((f"memory of {device}", found.device_bytes + model, free))
+    what = "the model, activations, Gram matrices and search"
+    if not with_model:
+        what = "activations, Gram matrices and search beside the model"
+    ways = "fewer or shorter windows, sequential mode, no drift or a limit of activations in memory need less"
+    if with_model and not offload:
+        ways += ", and so does offloading"
     for name, needed, there in pairs:
         if there is not None and needed > there:
             raise InputError(
-                f"{name}: expected {needed / GB:.2f} GB for activations, Gram matrices and search beside the "
-                f"model, found {there / GB:.2f} GB free; fewer or shorter windows, sequential mode, no drift "
-                "or a limit of activations in memory need less"
+                f"{name}: expected {needed / GB:.2f} GB for {what}, found {there / GB:.2f} GB free; {ways}"
             )
 
 
@@ -227,6 +247,10 @@ class _OnDisk:
     def read(self) -> Tensor:
         found: Tensor = torch.load(self.path, weights_only=True)
         return found
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(x.numel() * x.element_size() for x in [*module.parameters(), *module.buffers()])
 
 
 def _hidden_size(model: nn.Module, blocks: Sequence[Block]) -> int:

@@ -10,19 +10,14 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .errors import InvalidModelError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ModelKind = Literal["causal", "seq2seq", "encoder"]
 
@@ -51,6 +46,11 @@ class PrunableLayer:
     expert: int | None = None
 
     @property
+    def parameter_name(self) -> str:
+        """Dotted name of the parameter in the model."""
+        return f"{self.name}.{self.parameter}" if self.expert is None else self.name.rpartition(".")[0]
+
+    @property
     def stored(self) -> Tensor:
         """The weight as it is stored, a view into the parameter."""
         parameter: Tensor = getattr(self.module, self.parameter).detach()
@@ -59,7 +59,12 @@ class PrunableLayer:
     @property
     def weight(self) -> Tensor:
         """``W`` (rows, cols), a view: writing to it changes the model."""
-        return self.stored.T if self.transposed else self.stored
+        return self.within(getattr(self.module, self.parameter).detach())
+
+    def within(self, parameter: Tensor) -> Tensor:
+        """``W`` (rows, cols), a view into the parameter that holds it."""
+        stored = parameter if self.expert is None else parameter[self.expert]
+        return stored.T if self.transposed else stored
 
     def write(self, weight: Tensor) -> None:
         """Replace the weight (rows, cols) in place."""
@@ -104,17 +109,19 @@ def find_blocks(
     """
     blocks: list[Block] = []
     seen: set[tuple[int, tuple[int, ...], int]] = set()
-    for stack, (stack_name, modules) in enumerate(_stacks(model)):
+    for stack, (stack_name, modules) in enumerate(stacks_of(model)):
         for index, module in enumerate(modules):
             name = f"{stack_name}.{index}" if stack_name else str(index)
             layers = []
             for layer in _layers_of(module, name, len(blocks)):
                 stored = layer.stored
-                identity = (stored.data_ptr(), tuple(stored.shape), int(stored.storage_offset()))
+                # parameters of an offloaded model have no storage: there a tied one is the same object
+                place = id(getattr(layer.module, layer.parameter)) if stored.is_meta else stored.data_ptr()
+                identity = (place, tuple(stored.shape), int(stored.storage_offset()))
                 chosen = not include or any(fnmatch.fnmatchcase(layer.name, p) for p in include)
                 chosen &= not any(fnmatch.fnmatchcase(layer.name, p) for p in exclude)
                 # a tied weight is the same storage under a second name
-                if chosen and (stored.is_meta or identity not in seen):
+                if chosen and identity not in seen:
                     seen.add(identity)
                     layers.append(layer)
             blocks.append(Block(name, stack, module, tuple(layers)))
@@ -126,7 +133,7 @@ def find_blocks(
     return blocks
 
 
-def _stacks(model: nn.Module) -> list[tuple[str, Sequence[nn.Module]]]:
+def stacks_of(model: nn.Module) -> list[tuple[str, Sequence[nn.Module]]]:
     """Outermost lists of blocks that hold linear layers; the whole model as one block if none."""
     stacks: list[tuple[str, Sequence[nn.Module]]] = []
     for name, module in model.named_modules():
@@ -173,94 +180,6 @@ def max_length(model: nn.Module) -> int | None:
     return None
 
 
-@dataclass(frozen=True, eq=False)
-class LoadedModel:
-    """A model with what is needed to save it as it came.
-
-    Attributes:
-        model: in evaluation mode.
-        tokenizer: None if the directory holds none.
-        source: path or name that it was loaded from.
-        dtypes: dtype of each parameter and buffer in the checkpoint.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    source: str
-    dtypes: dict[str, torch.dtype]
-
-    def restore_dtypes(self) -> None:
-        """Cast parameters and buffers back to the dtypes of the checkpoint."""
-        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            if name in self.dtypes:
-                tensor.data = tensor.data.to(self.dtypes[name])
-
-
-def resolve_device(device: str) -> torch.device:
-    """``auto`` is CUDA where there is one.
-
-    Raises:
-        InvalidModelError: for an unknown or absent device.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise InvalidModelError(f"device: expected auto, cpu or cuda, found {device!r}") from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidModelError(f"device {device}: expected a CUDA device, found none on this machine")
-    return resolved
-
-
-def load_model(
-    source: str | os.PathLike[str], device: str | torch.device = "cpu", dtype: str = "auto"
-) -> LoadedModel:
-    """Load a checkpoint by the architecture that its configuration names.
-
-    Args:
-        source: directory or hub name.
-        device: where to put it.
-        dtype: ``auto`` computes in float32 on a CPU and in the checkpoint's dtype elsewhere;
-            ``checkpoint`` always in the checkpoint's; or a torch dtype's name.
-
-    Raises:
-        InvalidModelError: if it is missing, damaged or not a transformers model.
-    """
-    import transformers
-
-    name = os.fspath(source)
-    path = Path(name)
-    if path.exists() and not (path / "config.json").is_file():
-        raise InvalidModelError(f"model {name}: expected a directory with config.json, found none in it")
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise InvalidModelError(f"model {name}: expected an existing directory or a hub name, found neither")
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        architectures = getattr(config, "architectures", None) or []
-        loader = getattr(transformers, architectures[0], None) if architectures else None
-        model = (loader or transformers.AutoModel).from_pretrained(name, dtype="auto")
-    except Exception as error:  # anything that a damaged checkpoint makes transformers raise
-        raise InvalidModelError(
-            f"model {name}: expected a transformers checkpoint, found {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-        ) from error
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except Exception:  # a model without a tokenizer still prunes on token files
-        tokenizer = None
-    dtypes = {key: t.dtype for key, t in [*model.named_parameters(), *model.named_buffers()]}
-    device = torch.device(device)
-    if dtype == "auto":
-        model = model.float() if device.type == "cpu" else model
-    elif dtype != "checkpoint":
-        wanted = getattr(torch, dtype, None)
-        if not isinstance(wanted, torch.dtype):
-            raise InvalidModelError(f"dtype: expected auto, float32, bfloat16 or float16, found {dtype!r}")
-        model = model.to(wanted)
-    return LoadedModel(model.to(device).eval(), tokenizer, name, dtypes)
-
-
 def check_finite(blocks: Sequence[Block]) -> None:
     """Raise ``InvalidModelError`` naming the first layer whose weight holds NaN or Inf."""
     for block in blocks:
@@ -270,6 +189,11 @@ def check_finite(blocks: Sequence[Block]) -> None:
                 raise InvalidModelError(
                     f"weight of layer {layer.name}: expected finite values, found {bad} NaN or Inf"
                 )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes: where its weights are that are not offloaded."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def weight_hash(weight: Tensor) -> str:

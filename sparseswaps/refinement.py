@@ -39,9 +39,10 @@ from .dense_outputs import DenseOutputs
 from .errors import InputError, InvalidModelError
 from .gathering import gradient_batch_size_for
 from .gradients import checkpointed, gradient_moments, no_weight_gradients
+from .layer_solving import pattern_of_layer
 from .masks import pack_mask, unpack_bytes
 from .models import Block, PrunableLayer
-from .pipeline import Progress, Silent, pattern_of_layer
+from .pipeline import Progress, Silent
 from .problems import Drift, GramAccumulator, LayerProblem, output_metric
 from .problems.metric import DAMPING
 from .problems.pattern import LayerBudget

@@ -5,58 +5,37 @@ from __future__ import annotations
 import os
 import platform
 import resource
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from .allocation import Allocation, allocate, check_allocation
 from .calibration import Windows, calibration_windows, evaluation_windows
 from .dense_outputs import DenseOutputs
 from .distributed import Ranks
-from .errors import InputError, InvalidFileError, InvalidTextError
-from .evaluation import is_causal, mean_cosine, perplexity, pooled_embeddings
+from .errors import InputError, InvalidTextError
+from .evaluation import is_causal, mean_cosine
 from .gathering import gradient_batch_size_for
-from .masks import (
-    MASK_FILE,
-    LayerMask,
-    layer_mask,
-    load_masks,
-    pack_mask,
-    require_verified,
-    save_masks,
-    unpack_mask,
-    verify_model,
-)
+from .loading import LoadedModel, load_model, resolve_device
+from .masks import pack_mask, unpack_mask
 from .memory import ActivationStore, Estimate, estimate, require_memory
-from .models import (
-    DEFAULT_EXCLUDE,
-    LoadedModel,
-    PrunableLayer,
-    check_finite,
-    find_blocks,
-    load_model,
-    max_length,
-    resolve_device,
-)
+from .models import DEFAULT_EXCLUDE, check_finite, device_of, find_blocks, max_length
 from .objective import Objective
+from .offload import OffloadedBlocks
 from .pipeline import Mode, Progress, Silent, check_options, prune_layers
-from .problems.pattern import parse_pattern
-from .records import LayerRecord, RunDatabase
+from .quality import model_embeddings, model_perplexity
+from .records import LayerRecord
 from .refinement import check_refinement, refine_masks
+from .saving import check_folder, dense_weights, hash_of_all, run_record, save_run
 from .solvers import Group, OneSwap, Solver, Wanda
 
-RECORD_FILE = "record.sqlite"
 DEFAULT_LENGTH = 2048
 HELD_OUT_WINDOWS = 16
 LIBRARIES = ("sparseswaps", "torch", "transformers", "numpy")
@@ -146,6 +125,7 @@ def prune(
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
     device: str = "auto",
     dtype: str = "auto",
+    offload: bool = False,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -179,6 +159,8 @@ def prune(
         exclude: shell patterns of layer names that stay dense.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: of the computation; ``auto`` is float32 on a CPU, else the checkpoint's.
+        offload: leave the weights in the checkpoint's files and bring one block at a time to memory (see
+            ``offload``), for a model that does not fit; the masks are the same.
         out: directory for the pruned model, its mask file and its record.
         resume: go on with an interrupted run of the same settings in ``out``.
         progress: told how far the run is.
@@ -200,27 +182,29 @@ def prune(
     objective = Objective.parse(objective) if isinstance(objective, str) else objective or Objective()
     folder = None if out is None else Path(out)
     if folder is not None:
-        ranks.from_first(lambda: _check_folder(folder, resume))
+        ranks.from_first(lambda: check_folder(folder, resume))
     target = resolve_device(device)
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, target, dtype)
-    length = window_length(loaded, length)
-    causal = is_causal(loaded.model)
+    # shapes and texts first: what cannot work is refused before a large model is loaded
+    given = isinstance(model, LoadedModel)
+    shapes = model if isinstance(model, LoadedModel) else load_model(model, target, dtype, weights=False)
+    length = window_length(shapes, length)
+    causal = is_causal(shapes.model)
     windows = (
         calibration
         if isinstance(calibration, Windows)
-        else calibration_windows(calibration, loaded.tokenizer, samples, length, seed, not causal)
+        else calibration_windows(calibration, shapes.tokenizer, samples, length, seed, not causal)
     )
     eval_windows = (
         evaluation
         if evaluation is None or isinstance(evaluation, Windows)
         else evaluation_windows(
-            evaluation, loaded.tokenizer, length, evaluation_limit, special_tokens=not causal
+            evaluation, shapes.tokenizer, length, evaluation_limit, special_tokens=not causal
         )
     )
-    _check_vocabulary(loaded, windows, eval_windows)
-    blocks = find_blocks(loaded.model, include, exclude)
+    _check_vocabulary(shapes, windows, eval_windows)
+    blocks = find_blocks(shapes.model, include, exclude)
     check_options(blocks, pattern, mode, objective)
     allocation = check_allocation(allocation, pattern)
     check_refinement(blocks, {layer.name: pattern for block in blocks for layer in block.layers}, refine)
@@ -230,16 +214,18 @@ def prune(
         raise InputError(
             f"refinement chooses among the dense weights: expected a solver of masks, found {solver!r}"
         )
-    check_finite(blocks)
-    layers = [layer for block in blocks for layer in block.layers]
-    dense = _Dense.of(loaded, layers)
+    offload = shapes.residence.offloaded if given else offload
+    if refine and offload:
+        raise InputError(
+            "refinement changes layers of all blocks in turn: expected a model in memory, found offloading"
+        )
     if min_expert_tokens is not None and min_expert_tokens < 0:
         raise InputError(f"min_expert_tokens counts tokens: expected at least 0, found {min_expert_tokens}")
     if activation_limit is not None and not activation_limit >= 0:
         raise InputError(f"activation limit in GB: expected at least 0, found {activation_limit:g}")
     limit = None if activation_limit is None else int(activation_limit * 1e9)
     needs = estimate(
-        loaded.model,
+        shapes.model,
         blocks,
         windows.tokens,
         0 if eval_windows is None else min(len(eval_windows), HELD_OUT_WINDOWS),
@@ -247,14 +233,23 @@ def prune(
         mode is Mode.ONE_SHOT,
         ranks.count,
         limit,
+        device_of(shapes.model) if given else target,
+        offload,
     )
     if announce is not None and ranks.first:
         announce(needs)
-    require_memory(needs, target)
+    require_memory(needs, target, with_model=not given, offload=offload)
+    loaded = model if isinstance(model, LoadedModel) else load_model(model, target, dtype, offload)
+    blocks = find_blocks(loaded.model, include, exclude)
+    for block in blocks:
+        with loaded.residence.resident(block):
+            check_finite([block])
+    layers = [layer for block in blocks for layer in block.layers]
+    dense = dense_weights(loaded, layers)
     store = ActivationStore(limit)
     settings = {
         "model": loaded.source,
-        "weights": dense.hash_of_all(),
+        "weights": hash_of_all(dense),
         "pattern": pattern,
         "solver": repr(solver),
         "start": repr(start),
@@ -273,15 +268,17 @@ def prune(
         "dtype": str(loaded.model.dtype),
         "min_expert_tokens": min_expert_tokens,
     }
-    with _record(folder if ranks.first else None, settings, resume) as record:
+    with run_record(folder if ranks.first else None, settings, resume) as record:
         before = after = cosine = None
         reference: Tensor | None = None
         if eval_windows is not None and ranks.first:
             if causal:
-                before = perplexity(loaded.model, eval_windows.tokens, _stage(progress, "dense perplexity"))
+                before = model_perplexity(
+                    loaded, eval_windows.tokens, _stage(progress, "dense perplexity"), store
+                )
             else:
-                reference = pooled_embeddings(
-                    loaded.model, eval_windows.tokens, _stage(progress, "dense embeddings")
+                reference = model_embeddings(
+                    loaded, eval_windows.tokens, _stage(progress, "dense embeddings"), store
                 )
         rule = allocation
         patterns: dict[str, str] = ranks.from_first(
@@ -295,6 +292,7 @@ def prune(
                     rule,
                     solver,
                     _stage(progress, "allocation"),
+                    loaded.residence,
                 )
             )
         )
@@ -320,6 +318,7 @@ def prune(
             ranks,
             min_expert_tokens,
             store,
+            loaded.residence,
         )
         refinement = None
         if outputs is not None:
@@ -329,17 +328,21 @@ def prune(
                 patterns,
                 windows.tokens,
                 outputs,
-                dense.weights,
+                dense,
                 masks,
                 refine,
                 record=record,
                 progress=progress,
             )
         if update is not None:
-            refined = ranks.from_first(lambda: {name: pack_mask(mask) for name, mask in masks.items()})
-            masks = {x.name: unpack_mask(refined[x.name], x.weight.shape[1]) for x in layers}
-            for layer in layers:
-                layer.write(dense.weights[layer.name].to(layer.weight.device, layer.weight.dtype))
+            if refine:  # the other ranks know the masks from before
+                refined = ranks.from_first(lambda: {name: pack_mask(mask) for name, mask in masks.items()})
+                masks = {x.name: unpack_mask(refined[x.name], x.weight.shape[1]) for x in layers}
+            if isinstance(loaded.residence, OffloadedBlocks):
+                loaded.residence.restore()
+            else:
+                for layer in layers:
+                    layer.write(dense[layer.name].to(layer.weight.device, layer.weight.dtype))
             prune_layers(
                 loaded.model,
                 blocks,
@@ -356,21 +359,24 @@ def prune(
                 ranks,
                 min_expert_tokens,
                 store,
+                loaded.residence,
             )
         if not ranks.first:
             return ranks.from_first(_never)
         if eval_windows is not None:
             if causal:
-                after = perplexity(loaded.model, eval_windows.tokens, _stage(progress, "pruned perplexity"))
+                after = model_perplexity(
+                    loaded, eval_windows.tokens, _stage(progress, "pruned perplexity"), store
+                )
             elif reference is not None:
-                found = pooled_embeddings(
-                    loaded.model, eval_windows.tokens, _stage(progress, "pruned embeddings")
+                found = model_embeddings(
+                    loaded, eval_windows.tokens, _stage(progress, "pruned embeddings"), store
                 )
                 cosine = mean_cosine(found, reference)
         records = {finished.name: finished for finished in record.layers()}
         finished = tuple(records[layer.name] for layer in layers)
         if folder is not None:
-            _save(folder, loaded, layers, masks, patterns, dense, record)
+            save_run(folder, loaded, layers, masks, patterns, dense, record)
         report = PruneReport(
             model=loaded.source,
             pattern=pattern,
@@ -450,32 +456,6 @@ def peak_memory_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-@dataclass(frozen=True, eq=False)
-class _Dense:
-    """Weights (rows, cols) of the dense model in the checkpoint's dtypes, for the mask file."""
-
-    weights: Mapping[str, Tensor]
-
-    @classmethod
-    def of(cls, loaded: LoadedModel, layers: Sequence[PrunableLayer]) -> _Dense:
-        names = {id(parameter): name for name, parameter in loaded.model.named_parameters()}
-        weights = {}
-        for layer in layers:
-            dtype = loaded.dtypes[names[id(getattr(layer.module, layer.parameter))]]
-            weights[layer.name] = layer.weight.detach().to("cpu", dtype, copy=True)
-        return cls(weights)
-
-    def hash_of_all(self) -> str:
-        """One hash over all weights."""
-        import hashlib
-
-        digest = hashlib.sha256()
-        for name, weight in self.weights.items():
-            digest.update(name.encode())
-            digest.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-
 def _stage(progress: Progress, text: str) -> Any:
     return lambda done, total: progress.stage(text, done, total)
 
@@ -513,119 +493,3 @@ def _check_vocabulary(loaded: LoadedModel, *windows: Windows | None) -> None:
                 f"tokens of {each.source}: expected ids from 0 to {size - 1}, the vocabulary of "
                 f"{loaded.source}, found {int(each.tokens.min())} to {int(each.tokens.max())}"
             )
-
-
-def _check_folder(folder: Path, resume: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InvalidFileError(f"output {folder}: expected a directory, found a file")
-    if (folder / MASK_FILE).exists():
-        raise InvalidFileError(f"output {folder}: expected an empty directory, found a finished pruned model")
-    if (folder / RECORD_FILE).exists() and not resume:
-        raise InvalidFileError(
-            f"output {folder}: expected an empty directory, found an unfinished run; add --resume to go on"
-        )
-    if folder.is_dir() and not resume and any(folder.iterdir()):
-        raise InvalidFileError(f"output {folder}: expected an empty directory, found other files")
-
-
-@contextmanager
-def _record(folder: Path | None, settings: Mapping[str, Any], resume: bool) -> Iterator[RunDatabase]:
-    """The run's record; where no layer was finished, a failed run leaves nothing behind."""
-    existed = folder is not None and folder.exists()
-    with _disk_errors(folder), RunDatabase(None if folder is None else folder / RECORD_FILE) as record:
-        try:
-            known = record.facts().get("settings")
-            if resume and known is not None:
-                different = [key for key in settings if known.get(key) != settings[key]]
-                if different:
-                    key = different[0]
-                    raise InputError(
-                        f"resume {folder}: expected the settings of the interrupted run, found another {key} "
-                        f"({_short(settings[key])} instead of {_short(known.get(key))})"
-                    )
-            else:
-                record.set({"settings": dict(settings)})
-            yield record
-        except BaseException:
-            if folder is not None and not record.layers():
-                record.close()
-                (folder / RECORD_FILE).unlink(missing_ok=True)
-                if not existed and folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
-            raise
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-@contextmanager
-def _disk_errors(folder: Path | None) -> Iterator[None]:
-    """A full disk or a forbidden folder becomes one clear sentence."""
-    import sqlite3
-
-    try:
-        yield
-    except (OSError, SafetensorError, sqlite3.OperationalError) as error:
-        raise InvalidFileError(
-            f"output {folder}: expected to be able to write there, found {error}"
-        ) from error
-
-
-def _save(
-    folder: Path,
-    loaded: LoadedModel,
-    layers: Sequence[PrunableLayer],
-    masks: Mapping[str, Tensor],
-    patterns: Mapping[str, str],
-    dense: _Dense,
-    record: RunDatabase,
-) -> None:
-    """Write model, tokenizer and mask file into ``folder``; all of it appears or nothing."""
-    facts: dict[str, LayerMask] = {}
-    for layer in layers:
-        weight, mask = dense.weights[layer.name], masks[layer.name]
-        parsed = parse_pattern(patterns[layer.name], weight.shape[1])
-        updated = None
-        if record.updated_weight(layer.name) is not None:
-            updated = layer.weight.to("cpu", weight.dtype).masked_fill(~mask, 0)
-        # exact zeros and the checkpoint's own kept weights, whatever dtype was computed in
-        layer.write(weight.masked_fill(~mask, 0) if updated is None else updated)
-        facts[layer.name] = layer_mask(mask, parsed, weight, updated)
-    save_model(folder, loaded, masks, facts)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def save_model(
-    folder: Path, loaded: LoadedModel, masks: Mapping[str, Tensor], facts: Mapping[str, LayerMask]
-) -> None:
-    """Save a pruned model as a Hugging Face directory with its mask file, and verify it.
-
-    Everything is written to a folder beside the final files, reloaded, verified and only then moved.
-
-    Raises:
-        InvalidFileError: if it cannot be written.
-        VerificationError: if the reloaded model is not what the masks say.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".partial-*"):  # of a run that was killed while it saved
-        shutil.rmtree(left)
-    with _disk_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
-        partial = Path(name)
-        loaded.restore_dtypes()
-        loaded.model.save_pretrained(partial)
-        if loaded.tokenizer is not None:
-            loaded.tokenizer.save_pretrained(partial)
-        save_masks(partial / MASK_FILE, masks, facts, loaded.source)
-        reloaded = load_model(partial, "cpu", dtype="checkpoint")
-        require_verified(verify_model(reloaded.model, load_masks(partial)), f"saved model {folder}")
-        # the mask file says that the directory is complete, so it goes last
-        for path in sorted(partial.iterdir(), key=lambda path: path.name == MASK_FILE):
-            path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner may read
-            shutil.move(path, folder / path.name)

@@ -28,7 +28,7 @@ from typing import Any
 
 from .errors import InputError, InvalidModelError, SolverNotInstalledError
 from .evaluation import is_causal
-from .models import load_model, resolve_device
+from .loading import load_model, resolve_device
 
 SEVEN_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 METRICS = ("acc", "acc_norm")

@@ -18,7 +18,7 @@ import torch
 import sparseswaps.cli
 from sparseswaps.masks import MASK_FILE, load_masks
 from sparseswaps.records import RunDatabase
-from sparseswaps.run import RECORD_FILE
+from sparseswaps.saving import RECORD_FILE
 
 STUDY = """
 name = "small"

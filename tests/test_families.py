@@ -9,8 +9,9 @@ import torch
 
 import sparseswaps as ss
 from sparseswaps.activations import Stream, can_skip, experts_one_by_one, steps_of
+from sparseswaps.loading import load_model
 from sparseswaps.masks import load_masks, verify_model
-from sparseswaps.models import find_blocks, load_model
+from sparseswaps.models import find_blocks
 from sparseswaps.pipeline import Mode
 from sparseswaps.run import prune
 

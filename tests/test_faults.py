@@ -17,10 +17,11 @@ import torch
 from safetensors import safe_open
 
 from sparseswaps.distributed import Ranks
+from sparseswaps.loading import load_model
 from sparseswaps.masks import MASK_FILE, load_masks, verify_model
-from sparseswaps.models import load_model
 from sparseswaps.records import RunDatabase
-from sparseswaps.run import RECORD_FILE, prune
+from sparseswaps.run import prune
+from sparseswaps.saving import RECORD_FILE
 
 KILLS = {1: 14, 2: 6}
 

@@ -12,8 +12,9 @@ import sparseswaps as ss
 from sparseswaps.activations import Stream
 from sparseswaps.dense_outputs import DenseOutputs
 from sparseswaps.gradients import gradient_moments
+from sparseswaps.loading import load_model
 from sparseswaps.masks import apply_masks, load_masks, verify_model
-from sparseswaps.models import find_blocks, load_model
+from sparseswaps.models import find_blocks
 from sparseswaps.pipeline import Mode, prune_layers
 from sparseswaps.records import RunDatabase
 from sparseswaps.refinement import refine_masks

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sparseswaps as ss
+from sparseswaps.loading import load_model
 from sparseswaps.masks import MASK_FILE, apply_masks, load_masks, verify_model
-from sparseswaps.models import load_model
 from sparseswaps.pipeline import Mode
 from sparseswaps.records import LayerRecord, RunDatabase
-from sparseswaps.run import RECORD_FILE, prune
+from sparseswaps.run import prune
+from sparseswaps.saving import RECORD_FILE
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 
 import sparseswaps.cli
 from sparseswaps.errors import InputError, InvalidModelError, SolverNotInstalledError
-from sparseswaps.models import load_model
+from sparseswaps.loading import load_model
 from sparseswaps.study.problems import DEMO_MODEL
 from sparseswaps.zero_shot import SEVEN_TASKS, write_atomically, zero_shot
 

@@ -12,7 +12,8 @@ from rich.table import Table
 from ..calibration import calibration_windows
 from ..errors import InputError
 from ..evaluation import is_causal
-from ..models import DEFAULT_EXCLUDE, check_finite, find_blocks, load_model, resolve_device
+from ..loading import load_model, resolve_device
+from ..models import DEFAULT_EXCLUDE, check_finite, find_blocks
 from ..pipeline import layer_problems
 from ..problems.files import save_instance
 from ..run import versions, window_length

@@ -12,13 +12,16 @@ import typer
 from ..calibration import evaluation_windows
 from ..distributed import PATIENCE, Ranks, joined
 from ..errors import InputError
-from ..evaluation import is_causal, mean_cosine, perplexity, pooled_embeddings
+from ..evaluation import is_causal, mean_cosine
+from ..loading import load_model, resolve_device
 from ..masks import apply_masks, load_masks, verify_model
-from ..models import DEFAULT_EXCLUDE, load_model, resolve_device
+from ..models import DEFAULT_EXCLUDE
 from ..objective import Objective
 from ..pipeline import Mode, Progress
-from ..run import PruneReport, save_model, versions, window_length
+from ..quality import model_embeddings, model_perplexity
+from ..run import PruneReport, versions, window_length
 from ..run import prune as run_prune
+from ..saving import save_model
 from ..solvers.registry import parse_solver
 from .output import (
     console,
@@ -36,6 +39,10 @@ Text = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output and nothing else.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Offload = Annotated[
+    bool,
+    typer.Option("--offload", help="Weights stay in the checkpoint's files, one block at a time in memory."),
+]
 Length = Annotated[
     int | None, typer.Option(help="Tokens per window; 2048 by default, at most what the model allows.")
 ]
@@ -107,6 +114,7 @@ def prune(
     dtype: Annotated[
         str, typer.Option(help="auto, float32, bfloat16 or float16: of the computation.")
     ] = "auto",
+    offload: Offload = False,
     out: Annotated[Path | None, typer.Option(help="Directory for model, masks and record.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
     min_expert_tokens: Annotated[
@@ -131,6 +139,8 @@ def prune(
     --calibration text.txt --out pruned --resume
 
     sparseswaps prune ./bert --pattern 60% --one-shot --calibration corpus.txt --json
+
+    sparseswaps prune ./larger-than-memory --offload --activation-limit 4 --calibration c4 --out pruned
 
     torchrun --nproc-per-node 2 -m sparseswaps prune ./llama --calibration c4 --out pruned
 
@@ -160,6 +170,7 @@ def prune(
                 exclude=DEFAULT_EXCLUDE if exclude is None else tuple(exclude),
                 device=device,
                 dtype=dtype,
+                offload=offload,
                 out=out,
                 resume=resume,
                 progress=bars,
@@ -238,6 +249,7 @@ def evaluate(
     length: Length = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    offload: Offload = False,
     json: Json = False,
 ) -> None:
     """Perplexity of a causal model, or cosine of an encoder's embeddings to a reference model's.
@@ -249,7 +261,7 @@ def evaluate(
     sparseswaps evaluate pruned-bert --reference ./bert --eval text.txt
     """
     quiet_libraries()
-    loaded = load_model(model, resolve_device(device), dtype)
+    loaded = load_model(model, resolve_device(device), dtype, offload)
     tokens = window_length(loaded, length)
     causal = is_causal(loaded.model)
     windows = evaluation_windows(evaluation, loaded.tokenizer, tokens, special_tokens=not causal)
@@ -263,16 +275,16 @@ def evaluate(
     }
     with progress_bars() as bars:
         if causal:
-            values["perplexity"] = perplexity(
-                loaded.model, windows.tokens, lambda done, total: bars.stage("perplexity", done, total)
+            values["perplexity"] = model_perplexity(
+                loaded, windows.tokens, lambda done, total: bars.stage("perplexity", done, total)
             )
         elif reference is None:
             raise InputError(f"model {model} is an encoder: expected --reference DENSE_MODEL, found none")
         else:
-            dense = load_model(reference, resolve_device(device), dtype)
+            dense = load_model(reference, resolve_device(device), dtype, offload)
             values["cosine"] = mean_cosine(
-                pooled_embeddings(loaded.model, windows.tokens, lambda d, t: bars.stage("embeddings", d, t)),
-                pooled_embeddings(dense.model, windows.tokens, lambda d, t: bars.stage("reference", d, t)),
+                model_embeddings(loaded, windows.tokens, lambda d, t: bars.stage("embeddings", d, t)),
+                model_embeddings(dense, windows.tokens, lambda d, t: bars.stage("reference", d, t)),
             )
     if json:
         print_json(values)
@@ -289,6 +301,7 @@ def apply(
     other_weights: Annotated[
         bool, typer.Option("--other-weights", help="Accept weights that changed since, e.g. fine-tuned.")
     ] = False,
+    offload: Offload = False,
 ) -> None:
     """Put a mask file on a model and save the result.
 
@@ -300,8 +313,8 @@ def apply(
     if out.exists() and any(out.iterdir()):
         raise InputError(f"output {out}: expected an empty directory, found files in it")
     file = load_masks(masks)
-    loaded = load_model(model, "cpu", "checkpoint")
-    facts = apply_masks(loaded.model, file, same_weights=not other_weights)
+    loaded = load_model(model, "cpu", "checkpoint", offload)
+    facts = apply_masks(loaded, file, same_weights=not other_weights)
     save_model(out, loaded, file.masks, facts)
     console.print(f"{len(facts)} layers pruned, saved and verified in {out}")
 
@@ -312,6 +325,7 @@ def verify(
     original: Annotated[
         str | None, typer.Option(help="Dense model, to compare kept weights directly.")
     ] = None,
+    offload: Offload = False,
     json: Json = False,
 ) -> None:
     """Prove that every layer has the pattern and that kept weights equal the dense ones bit for bit.
@@ -322,9 +336,9 @@ def verify(
     """
     quiet_libraries()
     file = load_masks(masks or directory)
-    loaded = load_model(directory, "cpu", "checkpoint")
-    dense = None if original is None else load_model(original, "cpu", "checkpoint").model
-    found = verify_model(loaded.model, file, dense)
+    loaded = load_model(directory, "cpu", "checkpoint", offload)
+    dense = None if original is None else load_model(original, "cpu", "checkpoint", offload)
+    found = verify_model(loaded, file, dense)
     if json:
         print_json(
             {

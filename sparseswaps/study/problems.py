@@ -23,7 +23,8 @@ import torch
 from ..calibration import calibration_windows
 from ..errors import InputError, InvalidFileError
 from ..evaluation import is_causal
-from ..models import DEFAULT_EXCLUDE, LoadedModel, find_blocks, load_model
+from ..loading import LoadedModel, load_model
+from ..models import DEFAULT_EXCLUDE, find_blocks
 from ..pipeline import layer_problems
 from ..problems import Gram, LayerProblem, SparsityPattern, load_instance, save_instance, synthetic_layer
 from ..run import window_length
