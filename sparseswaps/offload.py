@@ -124,15 +124,15 @@ class OffloadedBlocks(Residence):
         """``W`` (rows, cols) as it is now, in the model's dtype."""
         return layer.within(self.parameter(layer.parameter_name, layer.weight.dtype))
 
-    def dense(self, layer: PrunableLayer) -> Tensor:
-        """``W`` (rows, cols) as it came, in the checkpoint's dtype."""
-        return layer.within(self._files[layer.parameter_name])
+    def dense(self, layer: PrunableLayer, dtype: torch.dtype) -> Tensor:
+        """``W`` (rows, cols) as it came."""
+        return layer.within(self._files[layer.parameter_name]).to(dtype)
 
     def change(self, layer: PrunableLayer, change: Change) -> None:
         """``W`` becomes ``change`` of the dense weight, instead of any change before."""
         self._changes[layer.name] = change
         if not layer.weight.is_meta:
-            layer.write(change(self.dense(layer).to(layer.weight.device, layer.weight.dtype)))
+            layer.write(change(self.dense(layer, layer.weight.dtype).to(layer.weight.device)))
 
     def restore(self) -> None:
         """All layers are dense again, from the next time on that they come to memory."""

@@ -42,23 +42,28 @@ def dense_weights(loaded: LoadedModel, layers: Sequence[PrunableLayer]) -> Mappi
     Copies where the model is in memory; where it is offloaded they are read when asked for.
     """
     if isinstance(loaded.residence, OffloadedBlocks):
-        return _InFiles(loaded.residence, {layer.name: layer for layer in layers})
-    dtypes = [loaded.dtypes[layer.parameter_name] for layer in layers]
+        return _InFiles(loaded.residence, {layer.name: layer for layer in layers}, loaded.dtypes)
     return {
-        layer.name: layer.weight.detach().to("cpu", dtype, copy=True)
-        for layer, dtype in zip(layers, dtypes, strict=True)
+        layer.name: layer.weight.to("cpu", loaded.dtypes[layer.parameter_name], copy=True) for layer in layers
     }
 
 
 class _InFiles(Mapping[str, Tensor]):
     """Dense weights by layer, read from the checkpoint."""
 
-    def __init__(self, blocks: OffloadedBlocks, layers: Mapping[str, PrunableLayer]) -> None:
+    def __init__(
+        self,
+        blocks: OffloadedBlocks,
+        layers: Mapping[str, PrunableLayer],
+        dtypes: Mapping[str, torch.dtype],
+    ) -> None:
         self._blocks = blocks
         self._layers = layers
+        self._dtypes = dtypes
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._blocks.dense(self._layers[name])
+        layer = self._layers[name]
+        return self._blocks.dense(layer, self._dtypes[layer.parameter_name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
