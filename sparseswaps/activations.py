@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .errors import InvalidModelError
-from .memory import ActivationStore
 from .models import Block, PrunableLayer, device_of, forward_inputs
 from .offload import Residence
+from .store import TensorStore
 
 Observer = Callable[[PrunableLayer, Tensor], None]
 
@@ -66,14 +66,14 @@ class Stream:
         windows: Tensor,
         batch_size: int,
         skip: bool = True,
-        store: ActivationStore | None = None,
+        store: TensorStore | None = None,
     ) -> None:
         self._model = model
         self._blocks = blocks
         self._batches = torch.split(windows, batch_size)
         self._skip = skip
         self._done = 0
-        self._store = store or ActivationStore()
+        self._store = store or TensorStore()
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -134,7 +134,7 @@ class Stream:
         device = device_of(self._model)
 
         def recall(stack: int) -> Callable[..., Any]:
-            return lambda *_, **__: self._store.recall(batch, stack, device)
+            return lambda *_, **__: self._store.recall((batch, stack), device)
 
         with ExitStack() as replaced:
             for block in self._blocks[: self._done] if self._skip else ():
@@ -153,7 +153,7 @@ class Stream:
         def last(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             if keep:
-                self._store.keep(batch, current.stack, output)
+                self._store.keep((batch, current.stack), output)
             raise _Stop
 
         with self.recalled(batch), forward_replaced(current.module, last):
@@ -201,7 +201,7 @@ def can_skip(model: nn.Module, blocks: Sequence[Block], windows: Tensor) -> bool
         stream.finish_block()
     for stack, output in ends.items():
         expected = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-        found = stream._store.tensors(0, stack)
+        found = stream._store.tensors((0, stack))
         if len(expected) != len(found) or not all(
             torch.equal(a.cpu(), b) for a, b in zip(expected, found, strict=True)
         ):
@@ -215,7 +215,7 @@ def stream_through(
     windows: Tensor,
     batch_size: int,
     residence: Residence,
-    store: ActivationStore | None = None,
+    store: TensorStore | None = None,
 ) -> Stream:
     """A stream whose blocks are all finished: each was in memory once, for all batches.
 

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .gathering import gradient_batch_size_for
-from .gradients import gradient_moments
+from .gradients import Moments
 from .models import Block
 from .offload import Residence
 from .pipeline import layer_problems
 from .problems import LayerProblem
 from .problems.pattern import SparsityPattern, parse_pattern
 from .solvers import Solver, Wanda, solve
+from .store import TensorStore
 
 # Levels of the knapsack around the mean sparsity; the quadratic model says little farther away.
 REACH, STEP = 0.2, 0.025
@@ -61,6 +62,7 @@ def allocate(
     solver: Solver,
     report: Report | None = None,
     residence: Residence | None = None,
+    store: TensorStore | None = None,
 ) -> dict[str, str]:
     """The pattern of each layer by name.
 
@@ -73,6 +75,7 @@ def allocate(
         solver: measures the error curves of the knapsack.
         report: called with (layers done, layers in all).
         residence: where the blocks' weights are; in the model by default.
+        store: keeps the moments of output gradients; main memory by default.
 
     Raises:
         InputError: for N:M patterns and budgets of a layer, which leave nothing to choose.
@@ -85,17 +88,17 @@ def allocate(
     curves: dict[str, np.ndarray] = {}
     shares: dict[str, float] = {}
     relative: set[str] = set()
-    moments: dict[str, Tensor] = {}
+    moments = None
     levels = sparsity_levels(sparsity)
     if rule is Allocation.KNAPSACK:
         batch_size = gradient_batch_size_for(calibration.shape[1])
-        moments = gradient_moments(model, blocks, calibration, batch_size)
+        moments = Moments(model, blocks, calibration, batch_size, store or TensorStore())
     problems = layer_problems(model, blocks, pattern, calibration, residence)
     for done, problem in enumerate(problems, start=1):
         if rule is Allocation.OWL:
             shares[problem.name] = outlier_share(problem)
         else:
-            moment = moments.pop(problem.name, None)
+            moment = None if moments is None else moments.take(problem.name)
             curves[problem.name] = error_curve(problem, levels, solver, moment)
             if moment is None:
                 relative.add(problem.name)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from .activations import Step, Stream, residual_writers, steps_of
 from .distributed import Ranks
 from .errors import InvalidModelError, InvalidProblemError
-from .memory import ActivationStore
 from .models import Block, PrunableLayer
 from .problems import GramAccumulator
+from .store import TensorStore
 
 # Tokens per forward call: enough to keep a processor busy, few enough for its memory.
 TOKENS_PER_BATCH = 8192
@@ -65,7 +65,7 @@ class Flow:
         skip: bool,
         dense: bool,
         ranks: Ranks,
-        store: ActivationStore,
+        store: TensorStore,
     ) -> Flow:
         """The flow of ``windows`` (windows, length) through ``model`` as it is now.
 

@@ -27,7 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .activations import forward_replaced
 from .errors import InvalidModelError
+from .memory import MOMENT_BYTES, moment_groups
 from .models import Block, PrunableLayer, device_of, forward_inputs, model_kind
+from .store import TensorStore
 
 # Directions per window for encoders without a head: one is too noisy a sample of their second moment.
 PROBES = 4
@@ -42,29 +44,32 @@ def gradient_moments(
     batch_size: int,
     seed: int = 0,
     report: Report | None = None,
+    wanted: Sequence[Block] | None = None,
 ) -> dict[str, Tensor]:
-    """``Σ g gᵀ`` (rows, rows), float32 on the CPU, of every layer of ``blocks`` that is a module of its own.
+    """``Σ g gᵀ`` (rows, rows), float32 on the CPU, of every layer that is a module of its own.
 
     Layers that no gradient reaches, and experts inside fused parameters, are left out: they have no metric.
 
     Args:
         model: the dense model; it is not changed.
-        blocks: from ``find_blocks``.
+        blocks: all of them, from ``find_blocks``.
         windows: (windows, length) token ids.
         batch_size: windows per forward call.
         seed: of the sampled labels or directions.
         report: called with (batches done, batches in all).
+        wanted: only layers of these blocks; all by default.
 
     Raises:
         InvalidModelError: if the model's loss has no gradient or it holds NaN or Inf.
     """
     moments: dict[str, Tensor] = {}
-    layers = [layer for block in blocks for layer in block.layers if layer.expert is None]
+    wanted = blocks if wanted is None else wanted
+    layers = [layer for block in wanted for layer in block.layers if layer.expert is None]
     device = device_of(model)
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
         stack.enter_context(no_weight_gradients(model))
-        stack.enter_context(_activation_gradients(blocks))
+        stack.enter_context(_activation_gradients(blocks, wanted))
         for block in blocks:
             stack.enter_context(forward_replaced(block.module, checkpointed(block.module.forward)))
         for layer in layers:
@@ -88,6 +93,48 @@ def gradient_moments(
         if not bool(torch.isfinite(moment).all()):
             raise InvalidModelError(f"gradients at the output of layer {name}: found NaN or Inf")
     return {name: moment.cpu() for name, moment in moments.items() if float(moment.trace()) > 0}
+
+
+class Moments:
+    """``gradient_moments`` of all layers, gathered for some blocks at a time and taken out one by one.
+
+    Held at a time are those of one block, or of more up to ``MOMENT_BYTES`` or the store's limit; each group
+    of blocks costs a forward and backward pass of its own, down to its first block. However they are
+    grouped, the moments are the same.
+
+    Args:
+        model, blocks, windows, batch_size, report: as for ``gradient_moments``.
+        store: keeps the moments until they are taken out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        windows: Tensor,
+        batch_size: int,
+        store: TensorStore,
+        report: Report | None = None,
+    ) -> None:
+        self._store = store.sibling()
+        groups = moment_groups(blocks, MOMENT_BYTES if store.limit is None else store.limit)
+        for number, group in enumerate(groups):
+
+            def tell(done: int, total: int, number: int = number) -> None:
+                if report:
+                    report(number * total + done, len(groups) * total)
+
+            found = gradient_moments(model, blocks, windows, batch_size, report=tell, wanted=group)
+            for name in list(found):
+                self._store.keep(name, found.pop(name))
+
+    def take(self, name: str) -> Tensor | None:
+        """The moment (rows, rows) of a layer, float32 on the CPU, once; None if it has none."""
+        if name not in self._store:
+            return None
+        moment: Tensor = self._store.recall(name, torch.device("cpu"))
+        self._store.drop(name)
+        return moment
 
 
 def _has_logits(model: nn.Module, windows: Tensor) -> bool:
@@ -164,13 +211,16 @@ def no_weight_gradients(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _activation_gradients(blocks: Sequence[Block]) -> Iterator[None]:
-    """Activations carry gradients from what enters the first block of each stack on."""
-    first: dict[int, nn.Module] = {}
-    for block in blocks:
-        first.setdefault(block.stack, block.module)
+def _activation_gradients(blocks: Sequence[Block], wanted: Sequence[Block]) -> Iterator[None]:
+    """Activations carry gradients from what enters the first wanted block of each stack on.
+
+    In a stack without any, from its last block on: layers of another stack may read what it returns.
+    """
+    start = {block.stack: block.module for block in blocks}
+    for block in reversed(wanted):
+        start[block.stack] = block.module
     handles = [
-        module.register_forward_pre_hook(_start_gradients, with_kwargs=True) for module in first.values()
+        module.register_forward_pre_hook(_start_gradients, with_kwargs=True) for module in start.values()
     ]
     try:
         yield

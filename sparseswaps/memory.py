@@ -11,18 +11,13 @@ of products of matrices over a rate that is measured for a moment; it is rough.
 from __future__ import annotations
 
 import resource
-import shutil
-import tempfile
 import time
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .errors import InputError
 from .models import Block, PrunableLayer, device_of
@@ -31,6 +26,8 @@ GB = 1e9
 # Bytes per entry of the widest layer's Gram matrix and weight while it is searched: the matrix and its
 # correlation in float64, the correlation in float32; weight, drift and cost in float64, weight in float32.
 GRAM_BYTES, SEARCH_BYTES = 20, 36
+# Moments of output gradients that are gathered at a time, where no limit is set.
+MOMENT_BYTES = 8 * 10**9
 # A forward pass to step k of n runs the block up to there; then once more, to advance.
 PASSES = 3.5
 
@@ -65,6 +62,7 @@ def estimate(
     windows: Tensor,
     held_out: int,
     drift: bool,
+    metric: bool,
     one_shot: bool,
     ranks: int = 1,
     activation_limit: int | None = None,
@@ -79,6 +77,7 @@ def estimate(
         windows: calibration windows (windows, length).
         held_out: held-out windows of the same length.
         drift: whether dense and pruned activations travel side by side.
+        metric: whether the output metric is gathered.
         one_shot: whether the sums of a whole block are held at a time.
         ranks: processes that share windows and rows.
         activation_limit: bytes of activations in main memory, the rest on disk; None for no limit.
@@ -95,8 +94,12 @@ def estimate(
     element = layers[0].weight.element_size()
     streams = len({block.stack for block in blocks}) * (2 if drift else 1)
     activations = (len(windows) + held_out) * length * hidden * element * streams // ranks
+    moments = sum(moment_bytes(block) for block in blocks) if metric else 0
+    stored = activations + moments
     if activation_limit is not None:
-        activations = min(activations, activation_limit)
+        stored = min(stored, activation_limit)
+    groups = moment_groups(blocks, MOMENT_BYTES if activation_limit is None else activation_limit)
+    gathered = max(sum(moment_bytes(block) for block in group) for group in groups) if metric else 0
     matrices = 3 if drift else 1
     copies = 2 + (1 if held_out else 0)
     sums = max(_sum_entries(block.layers, one_shot) for block in blocks) * 8 * matrices * copies
@@ -107,15 +110,35 @@ def estimate(
     tokens = min(8192, len(windows) * length)
     forward = tokens * (6 * hidden + 3 * max(rows, cols)) * element
     dense = 0 if offload else sum(layer.weight.numel() * element for layer in layers)
-    beside = sums + search + 2 * block_weights + forward + (max(whole) if offload else 0)
+    # the moments of a group are gathered before the first layer is searched
+    beside = max(gathered, sums + search + 2 * block_weights) + forward + (max(whole) if offload else 0)
     flops = _flops(layers, len(windows) * length, drift, ranks)
     on_device = device.type != "cpu"
     return Estimate(
         model_bytes,
-        activations + dense + (0 if on_device else beside),
+        stored + dense + (0 if on_device else beside),
         beside if on_device else 0,
         flops / _rate(device),
     )
+
+
+def moment_groups(blocks: Sequence[Block], limit: int) -> list[list[Block]]:
+    """Neighbouring blocks whose moments together take at most ``limit`` bytes, or one block alone."""
+    groups: list[list[Block]] = []
+    size = 0
+    for block in blocks:
+        own = moment_bytes(block)
+        if not groups or size + own > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(block)
+        size += own
+    return groups
+
+
+def moment_bytes(block: Block) -> int:
+    """Bytes of the moments of the output gradients of a block's layers."""
+    return sum(4 * layer.weight.shape[0] ** 2 for layer in block.layers if layer.expert is None)
 
 
 def require_memory(
@@ -169,84 +192,6 @@ def available_memory() -> int | None:
         used_data = [int(x.split()[1]) * 1024 for x in _lines(Path("/proc/self/status")) if "VmData" in x]
         found.append(soft - sum(used_data))
     return max(0, min(found)) if found else None
-
-
-@dataclass
-class _Held:
-    """Bytes of activations in main memory."""
-
-    size: int = 0
-
-
-class ActivationStore:
-    """Outputs of blocks, in main memory up to a limit and beyond it in files.
-
-    Args:
-        limit: bytes in main memory; None for no limit.
-        folder: where a folder of files is made, which disappears with the store; the system's by default.
-    """
-
-    def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
-        self._limit = limit
-        self._parent = folder
-        self._folder: Path | None = None
-        self._held = _Held()
-        self._kept: dict[tuple[int, int], tuple[list[Any], Any, int]] = {}
-
-    def sibling(self) -> ActivationStore:
-        """Another store, for another stream, under the same limit."""
-        other = ActivationStore(self._limit, self._parent)
-        other._held = self._held
-        return other
-
-    def keep(self, batch: int, stack: int, output: Any) -> None:
-        """Remember what a block of ``stack`` returned for ``batch``, instead of the block before it."""
-        leaves, structure = pytree.tree_flatten(output)
-        leaves = [leaf.cpu() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        size = sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
-        if (batch, stack) in self._kept:
-            self._held.size -= self._kept[batch, stack][2]
-        if self._limit is not None and self._held.size + size > self._limit:
-            leaves = [
-                self._write(leaf, f"{batch}-{stack}-{number}") if isinstance(leaf, Tensor) else leaf
-                for number, leaf in enumerate(leaves)
-            ]
-            size = 0
-        self._held.size += size
-        self._kept[batch, stack] = leaves, structure, size
-
-    def recall(self, batch: int, stack: int, device: torch.device) -> Any:
-        """A copy on ``device``, because the model may write into what a block returns."""
-        leaves, structure, _ = self._kept[batch, stack]
-        read = [leaf.read() if isinstance(leaf, _OnDisk) else leaf for leaf in leaves]
-        copies = [leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in read]
-        return pytree.tree_unflatten(copies, structure)
-
-    def tensors(self, batch: int, stack: int) -> list[Tensor]:
-        """The tensors of an output, none if it was not kept."""
-        if (batch, stack) not in self._kept:
-            return []
-        output = self.recall(batch, stack, torch.device("cpu"))
-        return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-
-    def _write(self, tensor: Tensor, name: str) -> _OnDisk:
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="sparseswaps-", dir=self._parent))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        path = self._folder / name
-        torch.save(tensor.contiguous().clone(), path)
-        return _OnDisk(path)
-
-
-@dataclass(frozen=True)
-class _OnDisk:
-    """A tensor in a file."""
-
-    path: Path
-
-    def read(self) -> Tensor:
-        found: Tensor = torch.load(self.path, weights_only=True)
-        return found
 
 
 def _bytes_of(module: nn.Module) -> int:

@@ -27,10 +27,9 @@ from .distributed import Ranks
 from .errors import InputError, InvalidModelError
 from .experts import entries, warn_of_starved
 from .gathering import Flow, add_inputs, batch_size_for, gather, gradient_batch_size_for
-from .gradients import gradient_moments
+from .gradients import Moments
 from .layer_solving import LayerSolving, Solved, StepSums, pattern_of_layer
 from .masks import PackedMasks, masked, unpack_bytes
-from .memory import ActivationStore
 from .models import Block, PrunableLayer
 from .objective import Objective
 from .offload import Residence
@@ -38,6 +37,7 @@ from .problems import GramAccumulator, LayerProblem
 from .problems.pattern import LayerBudget
 from .records import LayerRecord, RunDatabase
 from .solvers import Solver
+from .store import TensorStore
 
 
 class Mode(StrEnum):
@@ -88,7 +88,7 @@ def prune_layers(
     masks: Mapping[str, Tensor] | None = None,
     ranks: Ranks | None = None,
     min_expert_tokens: int | None = None,
-    store: ActivationStore | None = None,
+    store: TensorStore | None = None,
     residence: Residence | None = None,
 ) -> Mapping[str, Tensor]:
     """Choose and apply a mask for every layer of ``blocks``, in place.
@@ -135,7 +135,7 @@ def prune_layers(
             database,
             progress or Silent(),
             sum(layer.weight.numel() for layer in layers),
-            store or ActivationStore(),
+            store or TensorStore(),
             residence or Residence(),
         )
         job.run(calibration, held_out)
@@ -240,7 +240,7 @@ class _Job:
     record: RunDatabase
     progress: Progress
     total_weights: int
-    store: ActivationStore
+    store: TensorStore
     residence: Residence
 
     @property
@@ -260,14 +260,15 @@ class _Job:
                 f"{type(self.model).__name__}: expected blocks that depend on earlier ones only through "
                 "their outputs, as drift needs, found other connections; run without drift"
             )
-        moments: dict[str, Tensor] = {}
+        moments = None
         if self.objective.metric and self.ranks.first:
-            moments = gradient_moments(
+            moments = Moments(
                 self.model,
                 self.blocks,
                 calibration,
                 gradient_batch_size_for(calibration.shape[1]),
-                report=lambda done, total: self.progress.stage("output metric", done, total),
+                self.store,
+                lambda done, total: self.progress.stage("output metric", done, total),
             )
         calibration, checks = _split(calibration, self.objective.held_out_share)
         outputs = None
@@ -285,7 +286,7 @@ class _Job:
         block: Block,
         flow: Flow,
         flows: Sequence[Flow | None],
-        moments: dict[str, Tensor],
+        moments: Moments | None,
         outputs: DenseOutputs | None,
     ) -> None:
         """Masks of the block's layers; ``flows`` of calibration, held-out and check windows advance."""
@@ -320,7 +321,7 @@ class _Job:
         self,
         group: Sequence[PrunableLayer],
         sums: StepSums | None,
-        moments: dict[str, Tensor],
+        moments: Moments | None,
         outputs: DenseOutputs | None,
     ) -> None:
         """Find masks of layers with one input, apply and record them.
@@ -328,7 +329,7 @@ class _Job:
         Args:
             group: the layers.
             sums: of the step; None where all layers are finished.
-            moments: of output gradients by layer; used ones are taken out.
+            moments: of output gradients by layer, on the first rank; used ones are taken out.
             outputs: of the dense model on held-out windows, where the strength of the drift is chosen; on the
                 first rank.
         """
@@ -351,7 +352,7 @@ class _Job:
         for layer in todo:
             self.progress.layer_started(layer.name)
         tried: list[tuple[float, list[Solved | None]]] = []
-        own = {layer.name: moments.pop(layer.name, None) for layer in todo}
+        own = {layer.name: None if moments is None else moments.take(layer.name) for layer in todo}
         strengths = self.objective.strengths() if calibration.has_drift else (0.0,)
         for strength in strengths:
             found = [self.solving.solve(layer, leader, sums, own[layer.name], strength) for layer in todo]

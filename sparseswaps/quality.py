@@ -14,12 +14,12 @@ from .evaluation import (
     pooled_embeddings,
 )
 from .loading import LoadedModel
-from .memory import ActivationStore
 from .models import find_blocks
+from .store import TensorStore
 
 
 def model_perplexity(
-    loaded: LoadedModel, windows: Tensor, report: Report | None = None, store: ActivationStore | None = None
+    loaded: LoadedModel, windows: Tensor, report: Report | None = None, store: TensorStore | None = None
 ) -> float:
     """``perplexity`` of a causal model.
 
@@ -34,19 +34,19 @@ def model_perplexity(
 
 
 def model_embeddings(
-    loaded: LoadedModel, windows: Tensor, report: Report | None = None, store: ActivationStore | None = None
+    loaded: LoadedModel, windows: Tensor, report: Report | None = None, store: TensorStore | None = None
 ) -> Tensor:
     """``pooled_embeddings`` (windows, hidden) of an encoder; arguments as in ``model_perplexity``."""
     size = embedding_batch_size(windows.shape[1])
     return pooled_embeddings(loaded.model, windows, report, _recall(loaded, windows, size, store))
 
 
-def _recall(loaded: LoadedModel, windows: Tensor, size: int, store: ActivationStore | None) -> Recall | None:
+def _recall(loaded: LoadedModel, windows: Tensor, size: int, store: TensorStore | None) -> Recall | None:
     """Blocks that each came to memory once for all batches, or None where the model may just run."""
     if not loaded.residence.offloaded:
         return None
     blocks = find_blocks(loaded.model, exclude=())
     if not can_skip(loaded.model, blocks, windows):
         return None
-    store = (store or ActivationStore()).sibling()
+    store = (store or TensorStore()).sibling()
     return stream_through(loaded.model, blocks, windows, size, loaded.residence, store).recalled

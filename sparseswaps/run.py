@@ -25,7 +25,7 @@ from .evaluation import is_causal, mean_cosine
 from .gathering import gradient_batch_size_for
 from .loading import LoadedModel, load_model, resolve_device
 from .masks import pack_mask, unpack_mask
-from .memory import ActivationStore, Estimate, estimate, require_memory
+from .memory import Estimate, estimate, require_memory
 from .models import DEFAULT_EXCLUDE, check_finite, device_of, find_blocks, max_length
 from .objective import Objective
 from .offload import OffloadedBlocks
@@ -35,6 +35,7 @@ from .records import LayerRecord
 from .refinement import check_refinement, refine_masks
 from .saving import check_folder, dense_weights, hash_of_all, run_record, save_run
 from .solvers import Group, OneSwap, Solver, Wanda
+from .store import TensorStore
 
 DEFAULT_LENGTH = 2048
 HELD_OUT_WINDOWS = 16
@@ -230,6 +231,7 @@ def prune(
         windows.tokens,
         0 if eval_windows is None else min(len(eval_windows), HELD_OUT_WINDOWS),
         objective.needs_dense_stream,
+        objective.metric,
         mode is Mode.ONE_SHOT,
         ranks.count,
         limit,
@@ -246,7 +248,7 @@ def prune(
             check_finite([block])
     layers = [layer for block in blocks for layer in block.layers]
     dense = dense_weights(loaded, layers)
-    store = ActivationStore(limit)
+    store = TensorStore(limit)
     settings = {
         "model": loaded.source,
         "weights": hash_of_all(dense),
@@ -293,6 +295,7 @@ def prune(
                     solver,
                     _stage(progress, "allocation"),
                     loaded.residence,
+                    store,
                 )
             )
         )

@@ -12,9 +12,10 @@ import torch
 import sparseswaps as ss
 from sparseswaps import memory
 from sparseswaps.masks import load_masks
-from sparseswaps.memory import ActivationStore, Estimate, available_memory, estimate, require_memory
+from sparseswaps.memory import Estimate, available_memory, estimate, require_memory
 from sparseswaps.models import find_blocks
 from sparseswaps.run import prune
+from sparseswaps.store import TensorStore
 
 
 def deeper(blocks: int) -> torch.nn.Module:
@@ -28,7 +29,7 @@ def deeper(blocks: int) -> torch.nn.Module:
 
 def needs(blocks: int, windows: int = 16, **options: object) -> Estimate:
     model = deeper(blocks)
-    arguments = {"held_out": 0, "drift": False, "one_shot": False, **options}
+    arguments = {"held_out": 0, "drift": False, "metric": False, "one_shot": False, **options}
     return estimate(model, find_blocks(model), torch.zeros((windows, 64), dtype=torch.int64), **arguments)
 
 
@@ -41,6 +42,8 @@ def test_estimates_grow_with_what_they_depend_on() -> None:
     activations = 16 * 64 * 32 * 4
     assert needs(2, windows=32).host_bytes - few.host_bytes >= activations
     assert needs(2, windows=32, activation_limit=0).host_bytes < needs(2, windows=32).host_bytes
+    assert needs(2, metric=True).host_bytes > few.host_bytes
+    assert needs(2, metric=True, activation_limit=0).host_bytes < needs(2, metric=True).host_bytes
     assert needs(2, drift=True).host_bytes > few.host_bytes
     assert needs(2, one_shot=True).host_bytes > few.host_bytes
     assert few.device_bytes == 0
@@ -83,17 +86,17 @@ def test_a_store_gives_back_what_it_got() -> None:
     }
     cpu = torch.device("cpu")
     for limit in (None, 0, 250):
-        store = ActivationStore(limit)
+        store = TensorStore(limit)
         for _ in range(2):  # a later block's outputs replace an earlier one's
             for key, output in outputs.items():
-                store.keep(*key, output)
+                store.keep(key, output)
         for key, (tensor, nothing, (numbers,)) in outputs.items():
-            found = store.recall(*key, cpu)
+            found = store.recall(key, cpu)
             assert torch.equal(found[0], tensor)
             assert found[1] is nothing
             assert torch.equal(found[2][0], numbers)
             found[0].zero_()
-            assert torch.equal(store.recall(*key, cpu)[0], tensor)
+            assert torch.equal(store.recall(key, cpu)[0], tensor)
 
 
 def test_masks_with_activations_in_files_are_the_same(tmp_path: Path) -> None:

@@ -20,9 +20,11 @@ from sparseswaps.allocation import (
     owl_sparsities,
     sparsity_levels,
 )
-from sparseswaps.gradients import gradient_moments, logits_of
+from sparseswaps.gradients import Moments, gradient_moments, logits_of
+from sparseswaps.memory import moment_bytes, moment_groups
 from sparseswaps.models import find_blocks
 from sparseswaps.run import prune
+from sparseswaps.store import TensorStore
 
 
 def raw_problem(
@@ -223,6 +225,31 @@ def test_moments_are_those_of_a_plain_backward_pass(family: str) -> None:
     torch.nn.functional.cross_entropy(flat, labels, reduction="sum").backward()
     for name, gradient in moments.items():
         torch.testing.assert_close(found[name], gradient.T @ gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "bert", "t5"])
+def test_moments_are_the_same_block_by_block(family: str) -> None:
+    model = tiny_models.build(family)
+    blocks = find_blocks(model)
+    windows = tiny_models.tokens(96).view(3, 32)
+    whole = gradient_moments(model, blocks, windows, batch_size=3)
+    most = sum(moment_bytes(block) for block in blocks)
+    for limit, groups in ((None, 1), (most, 1), (0, len(blocks))):
+        assert len(moment_groups(blocks, most if limit is None else limit)) == groups
+        said: list[int] = []
+
+        def report(done: int, total: int, said: list[int] = said) -> None:
+            said.append(total - done)
+
+        moments = Moments(model, blocks, windows, 3, TensorStore(limit), report)
+        assert said == sorted(said, reverse=True)
+        assert said[-1] == 0
+        for name, moment in whole.items():
+            found = moments.take(name)
+            assert found is not None
+            assert torch.equal(found, moment)
+            assert moments.take(name) is None
+    assert moments.take("nothing") is None
 
 
 def test_knapsack_is_the_best_of_all_choices() -> None:
