@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -45,19 +45,31 @@ def perplexity(
         report: called with (windows done, windows in all).
         recall: opened with the number of each batch.
     """
+    return perplexity_of(batch_losses(model, windows, report, recall), len(windows))
+
+
+def perplexity_of(losses: Sequence[float], windows: int) -> float:
+    """Perplexity from ``batch_losses`` of so many windows."""
+    mean = sum(losses) / windows
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def batch_losses(
+    model: nn.Module, windows: Tensor, report: Report | None = None, recall: Recall | None = None
+) -> list[float]:
+    """For each batch the sum over its windows of the mean cross-entropy; arguments as for ``perplexity``."""
     device = device_of(model)
-    total = 0.0
+    found = []
     size = perplexity_batch_size(model, windows.shape[1])
     for number, (done, batch) in enumerate(_batches(windows, size)):
         with torch.no_grad(), recall(number) if recall else nullcontext():
             inputs = batch.to(device)
             logits = model(**forward_inputs(model, inputs)).logits[:, :-1].float()
             losses = nn.functional.cross_entropy(logits.transpose(1, 2), inputs[:, 1:], reduction="none")
-        total += float(losses.double().mean(1).sum())
+        found.append(float(losses.double().mean(1).sum()))
         if report:
             report(done, len(windows))
-    mean = total / len(windows)
-    return math.exp(mean) if mean < 700 else math.inf
+    return found
 
 
 def pooled_embeddings(

@@ -192,7 +192,7 @@ class LayerSolving:
             drift=solved.strength,
         )
         weight = None if solution.weight is None else solution.weight.to(layer.weight.dtype)
-        stored = None if weight is None else weight.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        stored = None if weight is None else weight_bytes(weight)
         return finished, pack_mask(mask).numpy().tobytes(), stored
 
     def _problem(
@@ -248,6 +248,11 @@ def pattern_of_layer(layer: PrunableLayer, pattern: str | Mapping[str, str]) -> 
         return parse_pattern(pattern, layer.weight.shape[1])
     except InputError as error:
         raise type(error)(f"layer {layer.name}: {error}") from error
+
+
+def weight_bytes(weight: Tensor) -> bytes:
+    """A weight as a record stores it, row by row in its dtype."""
+    return weight.contiguous().cpu().view(torch.uint8).numpy().tobytes()
 
 
 def _given(scores: Solver, problem: LayerProblem) -> Given:

@@ -16,7 +16,7 @@ from typing import Any
 
 from .errors import InvalidFileError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ class RunDatabase:
                     f"CREATE TABLE IF NOT EXISTS refinement ({steps}, PRIMARY KEY (position, number))"
                 )
                 connection.execute(
-                    "CREATE TABLE IF NOT EXISTS pass (number, name, mask BLOB, PRIMARY KEY (number, name))"
+                    "CREATE TABLE IF NOT EXISTS pass "
+                    "(number, name, mask BLOB, weight BLOB, PRIMARY KEY (number, name))"
                 )
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         except sqlite3.DatabaseError as error:
@@ -189,8 +190,10 @@ class RunDatabase:
         row = self._connection.execute("SELECT weight FROM layer WHERE name = ?", (name,)).fetchone()
         return None if row is None else row[0]
 
-    def add_refinement(self, step: RefinementStep, packed_masks: Mapping[str, bytes]) -> None:
-        """Store a try of the refinement and the masks that it changed, in one transaction."""
+    def add_refinement(
+        self, step: RefinementStep, packed_masks: Mapping[str, bytes], weights: Mapping[str, bytes]
+    ) -> None:
+        """Store a try of the refinement, and masks and kept weights that it changed, in one transaction."""
         values = list(asdict(step).values())
         with self._transaction() as connection:
             places = ", ".join("?" * len(values))
@@ -199,13 +202,23 @@ class RunDatabase:
                 "UPDATE layer SET mask = ? WHERE name = ?",
                 [(packed, name) for name, packed in packed_masks.items()],
             )
+            connection.executemany(
+                "UPDATE layer SET weight = ? WHERE name = ?",
+                [(weight, name) for name, weight in weights.items()],
+            )
 
-    def start_pass(self, number: int) -> dict[str, bytes]:
-        """Masks at the start of a pass of the refinement, by layer: those of now where it has not begun."""
+    def start_pass(self, number: int) -> dict[str, tuple[bytes, bytes | None]]:
+        """Mask and changed weight of each layer at the start of a pass of the refinement.
+
+        Those of now where it has not begun.
+        """
         with self._transaction() as connection:
             connection.execute("DELETE FROM pass WHERE number != ?", (number,))
-            connection.execute("INSERT OR IGNORE INTO pass SELECT ?, name, mask FROM layer", (number,))
-            return dict(connection.execute("SELECT name, mask FROM pass"))
+            connection.execute(
+                "INSERT OR IGNORE INTO pass SELECT ?, name, mask, weight FROM layer", (number,)
+            )
+            rows = connection.execute("SELECT name, mask, weight FROM pass")
+            return {name: (mask, weight) for name, mask, weight in rows}
 
     def refinement(self) -> list[RefinementStep]:
         """Tries of the refinement in their order."""

@@ -21,6 +21,9 @@ refined together, group after group; a step counts only if the loss on the calib
 fallen, else it is tried again with a larger ``μ``, which stays nearer to the present masks
 (Levenberg-Marquardt: Marquardt, SIAM J. Appl. Math. 11, 1963), and then dropped. The loss never rises.
 
+With a weight update, as many passes follow in which masks stay and kept weights step: the same layer problem,
+its ``L₀`` that of the present weights, solved over the kept weights.
+
 Beside the model this holds the dense outputs of the calibration windows and ``S`` of every layer.
 """
 
@@ -39,15 +42,15 @@ from .dense_outputs import DenseOutputs
 from .errors import InputError, InvalidModelError
 from .gathering import gradient_batch_size_for
 from .gradients import checkpointed, gradient_moments, no_weight_gradients
-from .layer_solving import pattern_of_layer
-from .masks import pack_mask, unpack_bytes
+from .layer_solving import pattern_of_layer, weight_bytes
+from .masks import masked, pack_mask, unpack_bytes
 from .models import Block, PrunableLayer
 from .pipeline import Progress, Silent
 from .problems import Drift, GramAccumulator, LayerProblem, output_metric
 from .problems.metric import DAMPING
 from .problems.pattern import LayerBudget
 from .records import RefinementStep, RunDatabase
-from .solvers import OneSwap, RowSweeps, Solver, solve
+from .solvers import Group, OneSwap, RowSweeps, Solver, solve
 
 # The first μ, what a failed step multiplies it by, and how often it is tried.
 FIRST, FACTOR, TRIES = 2.0, 3.0, 3
@@ -99,6 +102,7 @@ def refine_masks(
     solver: Solver | None = None,
     record: RunDatabase | None = None,
     progress: Progress | None = None,
+    update: Solver | None = None,
 ) -> tuple[dict[str, Tensor], Refinement]:
     """Exchange kept and pruned weights wherever that brings the model's output nearer to the dense one's.
 
@@ -116,6 +120,7 @@ def refine_masks(
         solver: of single rows, ``OneSwap()`` by default.
         record: finished steps are written here, and not repeated if they are there already.
         progress: told about every step.
+        update: changes the kept weights of a mask; then as many passes refine these after the masks.
 
     Returns:
         Masks by name, and what was done.
@@ -130,6 +135,7 @@ def refine_masks(
         dense_weights,
         dict(masks),
         RowSweeps(solver or OneSwap(), alone=False),
+        update,
         record or RunDatabase(None),
         progress or Silent(),
     )
@@ -148,6 +154,7 @@ class _Refiner:
     dense_weights: Mapping[str, Tensor]
     masks: dict[str, Tensor]
     solver: RowSweeps
+    update: Solver | None
     record: RunDatabase
     progress: Progress
 
@@ -157,7 +164,9 @@ class _Refiner:
         skip = can_skip(self.model, self.blocks, window)
         finished = {step.position for step in self.record.refinement() if step.last}
         loss = self.dense.total(self.model)
+        passes *= 1 if self.update is None else 2
         for number in range(passes):
+            updating = self.update is not None and number >= passes // 2
             positions = range(number * len(groups), (number + 1) * len(groups))
             if finished.issuperset(positions):
                 continue
@@ -173,7 +182,8 @@ class _Refiner:
                     done += 1
                 layers = [layer for layer in group if layer.name in moments]
                 if position not in finished:
-                    loss = self._step(position, layers, moments, loss, stream)
+                    solver = self.update if updating and self.update is not None else self.solver
+                    loss = self._step(position, layers, moments, loss, stream, solver)
         self.progress.stage("refinement", passes * len(groups), passes * len(groups))
         steps = tuple(self.record.refinement())
         count = self.dense.tokens
@@ -184,15 +194,17 @@ class _Refiner:
     def _moments(self, number: int) -> dict[str, Tensor]:
         """``Σ g gᵀ`` of every layer by name, of the model as it is when the pass begins."""
         layers = [layer for block in self.blocks for layer in block.layers]
-        packed = self.record.start_pass(number)
-        now = dict(self.masks)
+        then = self.record.start_pass(number)
+        now = {layer.name: (self.masks[layer.name], layer.weight.clone()) for layer in layers}
         for layer in layers:
-            if layer.name in packed:  # a run that was interrupted goes on with the same moments
-                self._apply(layer, unpack_bytes(packed[layer.name], layer.weight.shape))
+            if layer.name in then:  # a run that was interrupted goes on with the same moments
+                packed, weight = then[layer.name]
+                mask = unpack_bytes(packed, layer.weight.shape)
+                self._apply(layer, mask, None if weight is None else _weight_of(weight, layer))
         size = gradient_batch_size_for(self.calibration.shape[1])
         moments = gradient_moments(self.model, self.blocks, self.calibration, size, seed=number)
         for layer in layers:
-            self._apply(layer, now[layer.name])
+            self._apply(layer, *now[layer.name])
         return moments
 
     def _groups(self) -> list[tuple[int, list[PrunableLayer]]]:
@@ -216,42 +228,47 @@ class _Refiner:
         moments: Mapping[str, Tensor],
         loss: float,
         stream: Stream,
+        solver: Solver,
     ) -> float:
         """Refine the layers of one group; returns the loss afterwards."""
         count = self.dense.tokens
         names = ", ".join(layer.name for layer in layers)
-        before = {layer.name: self.masks[layer.name] for layer in layers}
+        before = {layer.name: (self.masks[layer.name], layer.weight.clone()) for layer in layers}
         gradients, sums = self._gradients(layers, stream) if layers else ({}, {})
         strength = FIRST
         for number in range(TRIES):
-            swaps = 0
+            swaps, changed = 0, False
             for layer in layers:
-                mask = before[layer.name]
+                mask, weight = before[layer.name]
                 problem = self._problem(
-                    layer, mask, sums[layer.name], gradients[layer.name], moments[layer.name], strength
+                    layer, weight, sums[layer.name], gradients[layer.name], moments[layer.name], strength
                 )
-                found = solve(problem, self.solver, init=mask).mask
-                swaps += int((found != mask.to(found.device)).sum()) // 2
-                self._apply(layer, found)
-            after = self.dense.total(self.model, stream) if swaps else loss
+                found = solve(problem, solver, init=mask)
+                swaps += int((found.mask != mask.to(found.mask.device)).sum()) // 2
+                self._apply(layer, found.mask, found.weight)
+                changed |= not torch.equal(layer.weight, weight)
+            after = self.dense.total(self.model, stream) if changed else loss
             accepted = after < loss
-            last = accepted or swaps == 0 or number == TRIES - 1
+            last = accepted or not changed or number == TRIES - 1
             if not accepted:
                 for layer in layers:
-                    self._apply(layer, before[layer.name])
+                    self._apply(layer, *before[layer.name])
             step = RefinementStep(
                 position, number, names, strength, swaps, loss / count, after / count, accepted, last
             )
-            changed = {layer.name: pack_mask(self.masks[layer.name]).numpy().tobytes() for layer in layers}
-            self.record.add_refinement(step, changed if accepted else {})
+            found_masks = {x.name: pack_mask(self.masks[x.name]).numpy().tobytes() for x in layers}
+            weights = {x.name: weight_bytes(x.weight) for x in layers if solver.group is Group.WEIGHT_UPDATE}
+            self.record.add_refinement(step, found_masks if accepted else {}, weights if accepted else {})
             if last:
                 return after if accepted else loss
             strength *= FACTOR
         return loss
 
-    def _apply(self, layer: PrunableLayer, mask: Tensor) -> None:
-        dense = self.dense_weights[layer.name].to(layer.weight.device)
-        layer.write(dense.masked_fill(~mask.to(dense.device), 0))
+    def _apply(self, layer: PrunableLayer, mask: Tensor, weight: Tensor | None) -> None:
+        """The layer has this mask, and the dense kept weights where there is no ``weight``."""
+        if weight is None:
+            weight = masked(self.dense_weights[layer.name].to(layer.weight.device), mask)
+        layer.write(weight)
         self.masks[layer.name] = mask.cpu()
 
     def _gradients(
@@ -297,19 +314,19 @@ class _Refiner:
     def _problem(
         self,
         layer: PrunableLayer,
-        mask: Tensor,
+        present: Tensor,
         sums: GramAccumulator,
         gradient: Tensor,
         moment: Tensor,
         strength: float,
     ) -> LayerProblem:
-        """The quadratic model of the loss in this layer's mask."""
+        """The quadratic model of the loss in this layer's weights, about the present ones (rows, cols)."""
         weight = self.dense_weights[layer.name].to(layer.weight.device, layer.weight.dtype)
         gram = sums.gram()
         metric = output_metric(moment.to(weight.device), DAMPING)
         # S, damped, is this size times the metric
         size = float(moment.diagonal().double().mean()) * (1 + DAMPING)
-        lost = weight.double().masked_fill(mask.to(weight.device), 0)
+        lost = weight.double() - present.double()
         pull = torch.linalg.solve(metric, gradient) * (sums.tokens / (strength * size))
         linear = (-(lost @ gram.matrix) - pull).masked_fill(gram.dead, 0)
         # the smallest constant with which the error is never negative: h G⁻¹ hᵀ
@@ -319,3 +336,9 @@ class _Refiner:
         covariance = (covariance + covariance.T) / 2
         drift = Drift(linear, covariance.diagonal().clamp_min(0).clone(), covariance)
         return LayerProblem(weight, gram, pattern_of_layer(layer, self.patterns), drift, metric, layer.name)
+
+
+def _weight_of(stored: bytes, layer: PrunableLayer) -> Tensor:
+    """A weight (rows, cols) as a record stores it."""
+    weight = layer.weight
+    return torch.frombuffer(bytearray(stored), dtype=weight.dtype).view(weight.shape).to(weight.device)

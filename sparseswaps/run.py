@@ -24,7 +24,6 @@ from .errors import InputError, InvalidTextError
 from .evaluation import is_causal, mean_cosine
 from .gathering import gradient_batch_size_for
 from .loading import LoadedModel, load_model, resolve_device
-from .masks import pack_mask, unpack_mask
 from .memory import Estimate, estimate, require_memory
 from .models import DEFAULT_EXCLUDE, check_finite, device_of, find_blocks, max_length
 from .objective import Objective
@@ -154,8 +153,8 @@ def prune(
         allocation: how the sparsity is spread over layers: ``uniform``, ``knapsack`` or ``owl``.
         refine: passes of refinement against the model's output after the layers are pruned (see
             ``refinement``).
-        update: a solver of the group *weight update* that changes the kept weights of the final masks, in
-            one more pass over the layers.
+        update: a solver of the group *weight update* that changes the kept weights of the final masks: in one
+            more pass over the layers, or after ``refine`` passes over the masks in as many over the weights.
         include: shell patterns of layer names; empty means all.
         exclude: shell patterns of layer names that stay dense.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -273,14 +272,13 @@ def prune(
     with run_record(folder if ranks.first else None, settings, resume) as record:
         before = after = cosine = None
         reference: Tensor | None = None
-        if eval_windows is not None and ranks.first:
+        if eval_windows is not None:
+            tokens = eval_windows.tokens
             if causal:
-                before = model_perplexity(
-                    loaded, eval_windows.tokens, _stage(progress, "dense perplexity"), store
-                )
+                before = model_perplexity(loaded, tokens, _stage(progress, "dense perplexity"), store, ranks)
             else:
                 reference = model_embeddings(
-                    loaded, eval_windows.tokens, _stage(progress, "dense embeddings"), store
+                    loaded, tokens, _stage(progress, "dense embeddings"), store, ranks
                 )
         rule = allocation
         patterns: dict[str, str] = ranks.from_first(
@@ -336,11 +334,9 @@ def prune(
                 refine,
                 record=record,
                 progress=progress,
+                update=update,
             )
-        if update is not None:
-            if refine:  # the other ranks know the masks from before
-                refined = ranks.from_first(lambda: {name: pack_mask(mask) for name, mask in masks.items()})
-                masks = {x.name: unpack_mask(refined[x.name], x.weight.shape[1]) for x in layers}
+        if update is not None and not refine:
             if isinstance(loaded.residence, OffloadedBlocks):
                 loaded.residence.restore()
             else:
@@ -364,18 +360,16 @@ def prune(
                 store,
                 loaded.residence,
             )
+        if eval_windows is not None and (ranks.first or not refine):
+            tokens = eval_windows.tokens
+            judges = Ranks() if refine else ranks  # only the first rank has the refined model
+            if causal:
+                after = model_perplexity(loaded, tokens, _stage(progress, "pruned perplexity"), store, judges)
+            elif reference is not None:
+                found = model_embeddings(loaded, tokens, _stage(progress, "pruned embeddings"), store, judges)
+                cosine = mean_cosine(found, reference)
         if not ranks.first:
             return ranks.from_first(_never)
-        if eval_windows is not None:
-            if causal:
-                after = model_perplexity(
-                    loaded, eval_windows.tokens, _stage(progress, "pruned perplexity"), store
-                )
-            elif reference is not None:
-                found = model_embeddings(
-                    loaded, eval_windows.tokens, _stage(progress, "pruned embeddings"), store
-                )
-                cosine = mean_cosine(found, reference)
         records = {finished.name: finished for finished in record.layers()}
         finished = tuple(records[layer.name] for layer in layers)
         if folder is not None:

@@ -67,7 +67,8 @@ def test_the_loss_falls_and_the_pattern_holds(family: str, pattern: str) -> None
             assert torch.equal(layer.weight, dense[layer.name] * mask), layer.name
 
 
-def test_a_step_minimises_the_loss_to_first_order() -> None:
+@pytest.mark.parametrize("updated", [False, True], ids=["masks", "weights"])
+def test_a_step_minimises_the_loss_to_first_order(updated: bool) -> None:
     """Near the present weights the layer problem falls as fast as the loss does."""
     from sparseswaps.pipeline import Silent
     from sparseswaps.refinement import _Refiner
@@ -75,14 +76,26 @@ def test_a_step_minimises_the_loss_to_first_order() -> None:
     model, blocks, patterns, windows, outputs, dense, masks = pruned("llama", "0.5")
     moments = gradient_moments(model, blocks, windows, 4)
     job = _Refiner(
-        model, blocks, patterns, windows, outputs, dense, masks, ss.RowSweeps(), RunDatabase(None), Silent()
+        model,
+        blocks,
+        patterns,
+        windows,
+        outputs,
+        dense,
+        masks,
+        ss.RowSweeps(),
+        None,
+        RunDatabase(None),
+        Silent(),
     )
     layer = blocks[1].layers[4]
+    if updated:
+        layer.write(layer.weight * 1.2)
     gradients, sums = job._gradients([layer], Stream(model, blocks, windows, outputs.batch_size))
     mask = masks[layer.name]
     strength = 2.0
     problem = job._problem(
-        layer, mask, sums[layer.name], gradients[layer.name], moments[layer.name], strength
+        layer, layer.weight.clone(), sums[layer.name], gradients[layer.name], moments[layer.name], strength
     )
     generator = torch.Generator().manual_seed(0)
     step = 1e-3 * torch.randn(layer.weight.shape, generator=generator) * mask
@@ -100,11 +113,16 @@ def test_a_step_minimises_the_loss_to_first_order() -> None:
     assert model_slope == pytest.approx(slope, rel=2e-2, abs=1e-5)
 
 
-def test_finished_steps_are_not_repeated(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "stages"),
+    [({"refine": 2}, 5), ({"refine": 1, "update": ss.Reconstruction()}, 11)],
+    ids=["masks", "weights"],
+)
+def test_finished_steps_are_not_repeated(options: dict, stages: int, tmp_path: Path) -> None:
     class Stop:
         """Presses Ctrl-C after some stages."""
 
-        left = 5
+        left = stages
 
         def stage(self, text: str, done: int, total: int) -> None:
             self.left -= text == "refinement"
@@ -117,7 +135,7 @@ def test_finished_steps_are_not_repeated(tmp_path: Path) -> None:
 
     source = tiny_models.save("llama", tmp_path / "dense", torch.float16)
     (tmp_path / "text.txt").write_text(tiny_models.text(2000))
-    arguments = {"calibration": tmp_path / "text.txt", "samples": 8, "length": 32, "refine": 2}
+    arguments = {"calibration": tmp_path / "text.txt", "samples": 8, "length": 32, **options}
     whole = prune(source, **arguments, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         prune(source, **arguments, out=tmp_path / "cut", progress=Stop())
@@ -126,7 +144,9 @@ def test_finished_steps_are_not_repeated(tmp_path: Path) -> None:
     assert all(torch.equal(expected.masks[name], found.masks[name]) for name in expected.masks)
     assert resumed.loss == pytest.approx(whole.loss, rel=1e-6)
     assert resumed.loss < resumed.loss_start
-    assert verify_model(load_model(tmp_path / "cut", "cpu", "checkpoint").model, found).ok
+    cut, uncut = (load_model(tmp_path / name, "cpu", "checkpoint").model for name in ("cut", "whole"))
+    assert verify_model(cut, found).ok
+    assert all(torch.equal(a, b) for a, b in zip(cut.parameters(), uncut.parameters(), strict=True))
 
 
 def test_what_cannot_be_refined(tmp_path: Path) -> None:
@@ -142,9 +162,12 @@ def test_kept_weights_updated_after_refinement(tmp_path: Path) -> None:
     source = tiny_models.save("llama", tmp_path / "dense", torch.float16)
     (tmp_path / "text.txt").write_text(tiny_models.text(2000))
     arguments = {"calibration": tmp_path / "text.txt", "samples": 8, "length": 32, "refine": 1}
-    prune(source, **arguments, out=tmp_path / "masks")
+    alone = prune(source, **arguments, out=tmp_path / "masks")
     both = prune(source, **arguments, update=ss.Reconstruction(), out=tmp_path / "both")
-    assert both.error < both.error_start  # least squares on the same masks
+    assert alone.loss is not None
+    assert both.loss is not None
+    assert both.loss < alone.loss  # the same masks, and weights that fit them
+    assert both.refinement_swaps == alone.refinement_swaps
     expected, found = load_masks(tmp_path / "masks"), load_masks(tmp_path / "both")
     assert all(torch.equal(expected.masks[name], found.masks[name]) for name in expected.masks)
     assert all(facts.updated for facts in found.layers.values())
