@@ -249,7 +249,7 @@ def test_a_record_that_is_no_record(dense: Path, arguments: dict, tmp_path: Path
     with sqlite3.connect(out / RECORD_FILE) as connection:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(ss.InvalidFileError, match="expected schema version 2, found 99"):
+    with pytest.raises(ss.InvalidFileError, match="expected schema version 3, found 99"):
         prune(dense, **arguments, out=out, resume=True)
 
 
