@@ -204,6 +204,13 @@ def engine_table() -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in engine_rows())])
 
 
+def memory_table() -> str:
+    """Peak memory of offloaded pruning against the number of blocks, from its results."""
+    columns = ("blocks", "model, MB", "hard limit, MB", "peak anonymous memory, MB")
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---:|" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in read_table("memory.md", *columns))])
+
+
 def _pattern_name(pattern: str) -> str:
     return pattern if ":" in pattern else f"{100 * float(pattern):g} %"
 

@@ -93,7 +93,7 @@ def test_engineer(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         monkeypatch,
         more={"sparseswaps zero-shot pruned --out zero-shot.json": " --tasks my_task --task-path my_tasks"},
     )
-    assert ran == 3 + 1 + 2 + 1 + 1 + 1 + 2 + 2
+    assert ran == 3 + 1 + 2 + 1 + 3 + 1 + 1 + 2 + 2
     score = json.loads((home / "zero-shot.json").read_text())["scores"][0]
     assert (score["task"], score["questions"]) == ("my_task", len(questions))
     assert "tuned-and-pruned" in capsys.readouterr().out
@@ -117,6 +117,7 @@ def test_the_arithmetic_of_the_page_on_scale_is_that_of_its_script() -> None:
     assert len(scaling.engine_rows()) >= 3
     assert len(scaling.exact_figure().rows) >= 10
     assert len(scaling.bound_figure().rows) >= 10
+    assert len(scaling.memory_table().splitlines()) >= 2 + 4
 
 
 def test_links_lead_somewhere() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import sys
 import warnings
@@ -82,8 +83,10 @@ def progress_bars() -> Iterator[ProgressBars]:
 
 
 def quiet_libraries() -> None:
-    """No progress bars and no chatter of transformers between ours."""
+    """No progress bars and no chatter of transformers and accelerate between ours."""
     import transformers
+
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
     chatter: Any = transformers.utils.logging
     chatter.disable_progress_bar()
