@@ -16,6 +16,7 @@ import tiny_models
 import torch
 
 import sparseswaps as ss
+from sparseswaps import evaluation
 from sparseswaps.distributed import Ranks
 from sparseswaps.masks import load_masks
 from sparseswaps.pipeline import Mode
@@ -55,13 +56,32 @@ def without_seconds(report: PruneReport) -> list[LayerRecord]:
         (2, "llama", {"pattern": "layer:0.5"}),
         (2, "llama", {"objective": "held_out=0.2", "allocation": "owl"}),
         (2, "mixtral", {"solver": ss.RIA()}),
+        (3, "llama", {"offload": True}),
+        (2, "bert", {}),
     ],
-    ids=["plain", "two-stacks", "one-shot", "drift", "coupled", "budget", "held-out", "experts"],
+    ids=[
+        "plain",
+        "two-stacks",
+        "one-shot",
+        "drift",
+        "coupled",
+        "budget",
+        "held-out",
+        "experts",
+        "offloaded",
+        "encoder",
+    ],
 )
 def test_processes_choose_the_masks_of_one(
-    count: int, family: str, options: dict, token_file: Path, tmp_path: Path
+    count: int,
+    family: str,
+    options: dict,
+    token_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = {"evaluation": token_file, "evaluation_limit": 4, **ARGUMENTS, **options}
+    monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH", 64)  # three batches, the last of one window
+    options = {"evaluation": token_file, "evaluation_limit": 5, **ARGUMENTS, **options}
     dense = tiny_models.save(family, tmp_path / "dense")
     alone = prune(dense, calibration=token_file, out=tmp_path / "alone", **options)
 
