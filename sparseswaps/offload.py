@@ -53,6 +53,11 @@ class Residence:
         """
         layer.write(change(layer.weight))
 
+    def restore(self, layers: Sequence[PrunableLayer], dense: Mapping[str, Tensor]) -> None:
+        """``layers`` have their ``dense`` weights (rows, cols), by name, again."""
+        for layer in layers:
+            layer.write(dense[layer.name])
+
 
 @final
 class OffloadedBlocks(Residence):
@@ -134,9 +139,10 @@ class OffloadedBlocks(Residence):
         if not layer.weight.is_meta:
             layer.write(change(self.dense(layer, layer.weight.dtype).to(layer.weight.device)))
 
-    def restore(self) -> None:
-        """All layers are dense again, from the next time on that they come to memory."""
-        self._changes.clear()
+    def restore(self, layers: Sequence[PrunableLayer], dense: Mapping[str, Tensor]) -> None:
+        """``layers`` are dense again, from the next time on that they come to memory."""
+        for layer in layers:
+            self._changes.pop(layer.name, None)
 
     @property
     def block_bytes(self) -> int:

@@ -27,7 +27,6 @@ from .loading import LoadedModel, load_model, resolve_device
 from .memory import Estimate, estimate, require_memory
 from .models import DEFAULT_EXCLUDE, check_finite, device_of, find_blocks, max_length
 from .objective import Objective
-from .offload import OffloadedBlocks
 from .pipeline import Mode, Progress, Silent, check_options, prune_layers
 from .quality import model_embeddings, model_perplexity
 from .records import LayerRecord
@@ -190,17 +189,17 @@ def prune(
     given = isinstance(model, LoadedModel)
     shapes = model if isinstance(model, LoadedModel) else load_model(model, target, dtype, weights=False)
     length = window_length(shapes, length)
-    causal = is_causal(shapes.model)
+    special = not is_causal(shapes.model)
     windows = (
         calibration
         if isinstance(calibration, Windows)
-        else calibration_windows(calibration, shapes.tokenizer, samples, length, seed, not causal)
+        else calibration_windows(calibration, shapes.tokenizer, samples, length, seed, special)
     )
     eval_windows = (
         evaluation
         if evaluation is None or isinstance(evaluation, Windows)
         else evaluation_windows(
-            evaluation, shapes.tokenizer, length, evaluation_limit, special_tokens=not causal
+            evaluation, shapes.tokenizer, length, evaluation_limit, special_tokens=special
         )
     )
     _check_vocabulary(shapes, windows, eval_windows)
@@ -208,21 +207,9 @@ def prune(
     check_options(blocks, pattern, mode, objective)
     allocation = check_allocation(allocation, pattern)
     check_refinement(blocks, {layer.name: pattern for block in blocks for layer in block.layers}, refine)
-    if update is not None and update.group is not Group.WEIGHT_UPDATE:
-        raise InputError(f"update: expected a solver that changes kept weights, found {update!r}")
-    if refine and solver.group is Group.WEIGHT_UPDATE:
-        raise InputError(
-            f"refinement chooses among the dense weights: expected a solver of masks, found {solver!r}"
-        )
     offload = shapes.residence.offloaded if given else offload
-    if refine and offload:
-        raise InputError(
-            "refinement changes layers of all blocks in turn: expected a model in memory, found offloading"
-        )
-    if min_expert_tokens is not None and min_expert_tokens < 0:
-        raise InputError(f"min_expert_tokens counts tokens: expected at least 0, found {min_expert_tokens}")
-    if activation_limit is not None and not activation_limit >= 0:
-        raise InputError(f"activation limit in GB: expected at least 0, found {activation_limit:g}")
+    _check_numbers(min_expert_tokens, activation_limit)
+    _check_together(solver, refine, update, offload)
     limit = None if activation_limit is None else int(activation_limit * 1e9)
     needs = estimate(
         shapes.model,
@@ -270,16 +257,7 @@ def prune(
         "min_expert_tokens": min_expert_tokens,
     }
     with run_record(folder if ranks.first else None, settings, resume) as record:
-        before = after = cosine = None
-        reference: Tensor | None = None
-        if eval_windows is not None:
-            tokens = eval_windows.tokens
-            if causal:
-                before = model_perplexity(loaded, tokens, _stage(progress, "dense perplexity"), store, ranks)
-            else:
-                reference = model_embeddings(
-                    loaded, tokens, _stage(progress, "dense embeddings"), store, ranks
-                )
+        before = _quality(loaded, eval_windows, "dense", progress, store, ranks)
         rule = allocation
         patterns: dict[str, str] = ranks.from_first(
             lambda: (
@@ -337,11 +315,7 @@ def prune(
                 update=update,
             )
         if update is not None and not refine:
-            if isinstance(loaded.residence, OffloadedBlocks):
-                loaded.residence.restore()
-            else:
-                for layer in layers:
-                    layer.write(dense[layer.name].to(layer.weight.device, layer.weight.dtype))
+            loaded.residence.restore(layers, dense)
             prune_layers(
                 loaded.model,
                 blocks,
@@ -360,14 +334,10 @@ def prune(
                 store,
                 loaded.residence,
             )
-        if eval_windows is not None and (ranks.first or not refine):
-            tokens = eval_windows.tokens
-            judges = Ranks() if refine else ranks  # only the first rank has the refined model
-            if causal:
-                after = model_perplexity(loaded, tokens, _stage(progress, "pruned perplexity"), store, judges)
-            elif reference is not None:
-                found = model_embeddings(loaded, tokens, _stage(progress, "pruned embeddings"), store, judges)
-                cosine = mean_cosine(found, reference)
+        after = _Quality()
+        if ranks.first or not refine:  # only the first rank has the refined model
+            judges = Ranks() if refine else ranks
+            after = _quality(loaded, eval_windows, "pruned", progress, store, judges)
         if not ranks.first:
             return ranks.from_first(_never)
         records = {finished.name: finished for finished in record.layers()}
@@ -394,9 +364,9 @@ def prune(
             calibration_hash=windows.hash,
             evaluation=None if eval_windows is None else eval_windows.source,
             evaluation_windows=0 if eval_windows is None else len(eval_windows),
-            perplexity_dense=before,
-            perplexity_pruned=after,
-            cosine=cosine,
+            perplexity_dense=before.perplexity,
+            perplexity_pruned=after.perplexity,
+            cosine=after.cosine_to(before),
             layers=finished,
             error_start=sum(layer.error_start for layer in finished) / len(finished),
             error=sum(layer.error for layer in finished) / len(finished),
@@ -414,6 +384,56 @@ def prune(
         )
         record.set({"report": {k: v for k, v in report.to_json().items() if k != "layers"}})
     return ranks.from_first(lambda: report)
+
+
+@dataclass(frozen=True, eq=False)
+class _Quality:
+    """Perplexity of a causal model, embeddings (windows, hidden) of another; nothing without windows."""
+
+    perplexity: float | None = None
+    embeddings: Tensor | None = None
+
+    def cosine_to(self, dense: _Quality) -> float | None:
+        if self.embeddings is None or dense.embeddings is None:
+            return None
+        return mean_cosine(self.embeddings, dense.embeddings)
+
+
+def _quality(
+    loaded: LoadedModel,
+    windows: Windows | None,
+    which: str,
+    progress: Progress,
+    store: TensorStore,
+    ranks: Ranks,
+) -> _Quality:
+    if windows is None:
+        return _Quality()
+    if is_causal(loaded.model):
+        report = _stage(progress, f"{which} perplexity")
+        return _Quality(perplexity=model_perplexity(loaded, windows.tokens, report, store, ranks))
+    report = _stage(progress, f"{which} embeddings")
+    return _Quality(embeddings=model_embeddings(loaded, windows.tokens, report, store, ranks))
+
+
+def _check_numbers(min_expert_tokens: int | None, activation_limit: float | None) -> None:
+    if min_expert_tokens is not None and min_expert_tokens < 0:
+        raise InputError(f"min_expert_tokens counts tokens: expected at least 0, found {min_expert_tokens}")
+    if activation_limit is not None and not activation_limit >= 0:
+        raise InputError(f"activation limit in GB: expected at least 0, found {activation_limit:g}")
+
+
+def _check_together(solver: Solver, refine: int, update: Solver | None, offload: bool) -> None:
+    if update is not None and update.group is not Group.WEIGHT_UPDATE:
+        raise InputError(f"update: expected a solver that changes kept weights, found {update!r}")
+    if refine and solver.group is Group.WEIGHT_UPDATE:
+        raise InputError(
+            f"refinement chooses among the dense weights: expected a solver of masks, found {solver!r}"
+        )
+    if refine and offload:
+        raise InputError(
+            "refinement changes layers of all blocks in turn: expected a model in memory, found offloading"
+        )
 
 
 def _never() -> PruneReport:
