@@ -36,9 +36,11 @@ class Step:
 
     Attributes:
         inputs: groups of layers; the members of a group share their input and so one Gram matrix.
+        reached: whether any token that was looked at came to them.
     """
 
     inputs: tuple[tuple[PrunableLayer, ...], ...]
+    reached: bool = True
 
     @property
     def layers(self) -> list[PrunableLayer]:
@@ -272,7 +274,7 @@ def steps_of(stream: Stream) -> list[Step]:
         else:
             steps.append(Step((tuple(members),)))
             placed.update(members)
-    steps += [Step(((layer,),)) for layer in layers if layer not in placed]
+    steps += [Step(((layer,),), reached=False) for layer in layers if layer not in placed]
     return steps
 
 

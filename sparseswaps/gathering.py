@@ -47,12 +47,14 @@ class Flow:
     Attributes:
         pruned: on all batches; a rank holds those that it owns.
         dense: the same of the dense model, or None.
+        probe: of the pruned network on one window, which shows how a block's layers depend on each other.
         parts: groups of batches.
         ranks: the processes; group ``i`` belongs to rank ``i`` modulo their number.
     """
 
     pruned: Stream
     dense: Stream | None
+    probe: Stream
     parts: tuple[range, ...]
     ranks: Ranks
 
@@ -85,6 +87,7 @@ class Flow:
         return cls(
             pruned,
             Stream(model, blocks, windows, size, skip, store.sibling()) if dense else None,
+            Stream(model, blocks, windows[:1], 1, skip, store.sibling()),
             tuple(range(first, last) for first, last in pairwise(ends)),
             ranks,
         )
@@ -97,15 +100,20 @@ class Flow:
     def steps(self) -> list[Step]:
         """``steps_of`` the current block, the same on every rank."""
         layers = {layer.name: layer for layer in self.pruned.current.layers}
-        names = self.ranks.from_first(
-            lambda: [[[x.name for x in group] for group in step.inputs] for step in steps_of(self.pruned)]
-        )
+
+        def found() -> list[list[list[str]]]:
+            steps = steps_of(self.probe)
+            if not all(step.reached for step in steps):  # few tokens do not come to every expert
+                steps = steps_of(self.pruned)
+            return [[[layer.name for layer in group] for group in step.inputs] for step in steps]
+
+        names = self.ranks.from_first(found)
         return [Step(tuple(tuple(layers[name] for name in group) for group in step)) for step in names]
 
     def writers(self) -> list[PrunableLayer]:
         """``residual_writers`` of the current block, the same on every rank."""
         layers = {layer.name: layer for layer in self.pruned.current.layers}
-        names = self.ranks.from_first(lambda: [layer.name for layer in residual_writers(self.pruned)])
+        names = self.ranks.from_first(lambda: [layer.name for layer in residual_writers(self.probe)])
         return [layers[name] for name in names]
 
     def finish_block(self, block: Block, dense: Mapping[str, Tensor], advanced: bool) -> None:
@@ -114,6 +122,9 @@ class Flow:
             for batch in self.own_batches():
                 self.pruned.advance(batch)
         self.pruned.finish_block()
+        if self.ranks.first:
+            self.probe.advance(0)
+        self.probe.finish_block()
         if self.dense is not None:
             with other_weights(block, dense):
                 for batch in self.own_batches():
