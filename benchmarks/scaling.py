@@ -206,9 +206,17 @@ def engine_table() -> str:
 
 def memory_table() -> str:
     """Peak memory of offloaded pruning against the number of blocks, from its results."""
-    columns = ("blocks", "model, MB", "hard limit, MB", "peak anonymous memory, MB")
+    return _copied("memory.md", "blocks", "model, MB", "hard limit, MB", "peak anonymous memory, MB")
+
+
+def end_to_end_table() -> str:
+    """Seconds and memory of the stages of a run, from its results."""
+    return _copied("end_to_end.md", "stage", "seconds", "host, GB")
+
+
+def _copied(name: str, *columns: str) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---:|" * len(columns)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in read_table("memory.md", *columns))])
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in read_table(name, *columns))])
 
 
 def _pattern_name(pattern: str) -> str:

@@ -34,8 +34,13 @@ def measured(name: str) -> str:
         KeyError: for a name that nothing is known of.
     """
     module = scaling()
-    if name in ("engine", "memory"):
-        return str({"engine": module.engine_table, "memory": module.memory_table}[name]())
+    tables = {
+        "engine": module.engine_table,
+        "memory": module.memory_table,
+        "end-to-end": module.end_to_end_table,
+    }
+    if name in tables:
+        return str(tables[name]())
     figure = {"exact-seconds": module.exact_figure, "bound-gap": module.bound_figure}[name]()
     return f"<figure>\n{figure.to_svg().strip()}\n<figcaption>{figure.caption}</figcaption>\n</figure>"
 

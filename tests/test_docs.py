@@ -118,6 +118,7 @@ def test_the_arithmetic_of_the_page_on_scale_is_that_of_its_script() -> None:
     assert len(scaling.exact_figure().rows) >= 10
     assert len(scaling.bound_figure().rows) >= 10
     assert len(scaling.memory_table().splitlines()) >= 2 + 4
+    assert len(scaling.end_to_end_table().splitlines()) >= 2 + 4
 
 
 def test_links_lead_somewhere() -> None:
