@@ -255,6 +255,11 @@ def weight_bytes(weight: Tensor) -> bytes:
     return weight.contiguous().cpu().view(torch.uint8).numpy().tobytes()
 
 
+def weight_from(stored: bytes, like: Tensor) -> Tensor:
+    """A weight that ``weight_bytes`` has stored, with the shape, dtype and device of ``like``."""
+    return torch.frombuffer(bytearray(stored), dtype=like.dtype).view(like.shape).to(like.device)
+
+
 def _given(scores: Solver, problem: LayerProblem) -> Given:
     """The mask of a score, which may look at all rows."""
     if isinstance(scores, Given):

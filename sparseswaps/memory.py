@@ -2,7 +2,8 @@
 
 Pruning block by block holds, beside the model, the activations of the calibration windows at one block (twice
 with drift), the sums of one step (each Gram matrix twice, see ``gathering``), and what a search needs on the
-widest layer. None of these grows with the number of blocks.
+widest layer; none of these grows with the number of blocks. A model in memory also has a copy of its dense
+weights, and the output metric second moments of every layer, in files beyond the limit of activations.
 
 The estimate counts tensors, not what libraries and allocators add, and so is a little low. Time is the number
 of products of matrices over a rate that is measured for a moment; it is rough.

@@ -28,7 +28,7 @@ from .errors import InputError, InvalidModelError
 from .experts import entries, warn_of_starved
 from .gathering import Flow, add_inputs, batch_size_for, gather, gradient_batch_size_for
 from .gradients import Moments
-from .layer_solving import LayerSolving, Solved, StepSums, pattern_of_layer
+from .layer_solving import LayerSolving, Solved, StepSums, pattern_of_layer, weight_from
 from .masks import PackedMasks, masked, unpack_bytes
 from .models import Block, PrunableLayer
 from .objective import Objective
@@ -386,7 +386,7 @@ class _Job:
             if stored is None:
                 packed = self.record.packed_mask(layer.name)
                 return weight if packed is None else masked(weight, unpack_bytes(packed, weight.shape))
-            return torch.frombuffer(bytearray(stored), dtype=dtype).view(weight.shape).to(weight)
+            return weight_from(stored, weight.to(dtype)).to(weight.dtype)  # stored in the run's dtype
 
         self.residence.change(layer, pruned)
 

@@ -1,7 +1,7 @@
 """How good a loaded model is, offloaded or not, measured by one process or several.
 
-Each rank takes every so-manieth batch of windows; the results are put together in the batches' order, so that
-they are those of one process, bit for bit.
+With N ranks each takes every N-th batch of windows; the results are put together in the batches' order, so
+that they are those of one process, bit for bit.
 """
 
 from __future__ import annotations

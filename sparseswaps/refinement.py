@@ -42,7 +42,7 @@ from .dense_outputs import DenseOutputs
 from .errors import InputError, InvalidModelError
 from .gathering import gradient_batch_size_for
 from .gradients import checkpointed, gradient_moments, no_weight_gradients
-from .layer_solving import pattern_of_layer, weight_bytes
+from .layer_solving import pattern_of_layer, weight_bytes, weight_from
 from .masks import masked, pack_mask, unpack_bytes
 from .models import Block, PrunableLayer
 from .pipeline import Progress, Silent
@@ -164,9 +164,10 @@ class _Refiner:
         skip = can_skip(self.model, self.blocks, window)
         finished = {step.position for step in self.record.refinement() if step.last}
         loss = self.dense.total(self.model)
-        passes *= 1 if self.update is None else 2
+        over_masks = passes
+        passes = over_masks if self.update is None else 2 * over_masks
         for number in range(passes):
-            updating = self.update is not None and number >= passes // 2
+            solver = self.solver if self.update is None or number < over_masks else self.update
             positions = range(number * len(groups), (number + 1) * len(groups))
             if finished.issuperset(positions):
                 continue
@@ -182,7 +183,6 @@ class _Refiner:
                     done += 1
                 layers = [layer for layer in group if layer.name in moments]
                 if position not in finished:
-                    solver = self.update if updating and self.update is not None else self.solver
                     loss = self._step(position, layers, moments, loss, stream, solver)
         self.progress.stage("refinement", passes * len(groups), passes * len(groups))
         steps = tuple(self.record.refinement())
@@ -200,7 +200,7 @@ class _Refiner:
             if layer.name in then:  # a run that was interrupted goes on with the same moments
                 packed, weight = then[layer.name]
                 mask = unpack_bytes(packed, layer.weight.shape)
-                self._apply(layer, mask, None if weight is None else _weight_of(weight, layer))
+                self._apply(layer, mask, None if weight is None else weight_from(weight, layer.weight))
         size = gradient_batch_size_for(self.calibration.shape[1])
         moments = gradient_moments(self.model, self.blocks, self.calibration, size, seed=number)
         for layer in layers:
@@ -336,9 +336,3 @@ class _Refiner:
         covariance = (covariance + covariance.T) / 2
         drift = Drift(linear, covariance.diagonal().clamp_min(0).clone(), covariance)
         return LayerProblem(weight, gram, pattern_of_layer(layer, self.patterns), drift, metric, layer.name)
-
-
-def _weight_of(stored: bytes, layer: PrunableLayer) -> Tensor:
-    """A weight (rows, cols) as a record stores it."""
-    weight = layer.weight
-    return torch.frombuffer(bytearray(stored), dtype=weight.dtype).view(weight.shape).to(weight.device)
