@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import InvalidProblemError
 
 # float32 products of at most this many tokens are summed in float64: rounding stays that of one chunk
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = 1024
 # Columns of a symmetric product that are multiplied at a time, with those to their right only
 PANEL = 384
 # Channels whose largest value lies between these need no scaling: squares stay far from float32's ends
@@ -246,29 +246,29 @@ class GramAccumulator:
             )
         cols, width = self._sums.shape[-1], self._residual.shape[-1]
         rows = self._flatten(inputs, cols)
-        dense = None if dense_inputs is None else self._flatten(dense_inputs, cols)
-        stream = None if residual_loss is None else self._flatten(residual_loss, width)
-        for other in (dense, stream):
-            if other is not None and len(other) != len(rows):
-                raise InvalidProblemError(
-                    f"dense and pruned inputs cover the same tokens: expected {len(rows)}, found {len(other)}"
-                )
+        if not len(rows):
+            return
+        present = _InRange.of(rows)
+        parts = [(self._sums[0], present, present)]
+        if dense_inputs is not None:
+            dense = self._flatten(dense_inputs, cols)
+            self._same_tokens(rows, dense)
+            lost = _InRange.of(_difference(dense, rows))
+            parts += [(self._sums[1], present, lost), (self._sums[2], lost, lost)]
+            if residual_loss is not None:
+                stream = self._flatten(residual_loss, width)
+                self._same_tokens(rows, stream)
+                gone = _InRange.of(stream)
+                parts += [
+                    (self._residual[:cols], present, gone),
+                    (self._residual[cols : 2 * cols], lost, gone),
+                    (self._residual[2 * cols :], gone, gone),
+                ]
         for start in range(0, len(rows), CHUNK_TOKENS):
             piece = slice(start, start + CHUNK_TOKENS)
-            chunk = _InRange.of(rows[piece])
-            chunk.add_square(self._sums[0])
-            self._totals += rows[piece].sum(0, dtype=torch.float64)
-            if dense is None:
-                continue
-            lost = _InRange.of(_difference(dense[piece], rows[piece]))
-            chunk.add_product(self._sums[1], lost)
-            lost.add_square(self._sums[2])
-            if stream is None:
-                continue
-            gone = _InRange.of(stream[piece])
-            chunk.add_product(self._residual[:cols], gone)
-            lost.add_product(self._residual[cols : 2 * cols], gone)
-            gone.add_square(self._residual[2 * cols :])
+            for total, left, right in parts:
+                left.add_product(total, right, piece)
+            self._totals += present.sum(piece)
         self.tokens += len(rows)
 
     def merge(self, other: GramAccumulator) -> None:
@@ -347,25 +347,22 @@ class GramAccumulator:
             raise InvalidProblemError(
                 f"activations are (..., cols): expected {cols} channels, found {inputs.shape[-1]}"
             )
-        rows = inputs.detach().reshape(-1, cols).to(self._sums.device)
-        if not _is_finite(rows):
+        return inputs.detach().reshape(-1, cols).to(self._sums.device)
+
+    def _same_tokens(self, rows: Tensor, others: Tensor) -> None:
+        if len(others) != len(rows):
             raise InvalidProblemError(
-                f"activations are finite: expected no NaN or Inf, found {int((~torch.isfinite(rows)).sum())}"
+                f"dense and pruned inputs cover the same tokens: expected {len(rows)}, found {len(others)}"
             )
-        return rows
-
-
-def _is_finite(rows: Tensor) -> bool:
-    """Whether no entry is NaN or Inf; the maximum shows it in a tenth of the time of a test of each entry."""
-    return rows.numel() == 0 or bool(torch.isfinite(rows.abs().amax()))
 
 
 def _difference(left: Tensor, right: Tensor) -> Tensor:
-    """``left - right`` in float32, or in float64 where float32 could overflow or is not enough."""
-    if left.dtype == torch.float64 or right.dtype == torch.float64:
-        return left.double() - right.double()
-    found = left.float() - right.float()
-    return found if _is_finite(found) else left.double() - right.double()
+    """``left - right`` in float32, or in float64 for float64 values and where float32 overflows."""
+    kind = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+    found = left.to(kind) - right.to(kind)
+    if bool(torch.isfinite(found.abs().amax())):
+        return found
+    return left.double() - right.double()
 
 
 @dataclass(frozen=True, eq=False)
@@ -373,7 +370,8 @@ class _InRange:
     """Activations (tokens, cols) in float32, each channel divided by a power of two if any needs it.
 
     Attributes:
-        rows: the quotients; scale: (cols,), float64, or None where every channel is as it was.
+        rows: the quotients.
+        scale: (cols,), float64, or None where every channel is as it was.
     """
 
     rows: Tensor
@@ -381,33 +379,39 @@ class _InRange:
 
     @classmethod
     def of(cls, rows: Tensor) -> _InRange:
+        """Of at least one token.
+
+        Raises:
+            InvalidProblemError: for NaN or Inf.
+        """
         largest = rows.abs().amax(0).double()
         if bool(((largest == 0) | ((largest >= SMALL) & (largest <= LARGE))).all()):
             return cls(rows.float(), None)
+        if not bool(torch.isfinite(largest).all()):
+            raise InvalidProblemError(
+                f"activations are finite: expected no NaN or Inf, found {int((~torch.isfinite(rows)).sum())}"
+            )
         # powers of two, so that the division is exact; zero channels keep scale 1
         scale = torch.exp2(torch.ceil(torch.log2(largest.clamp_min(torch.finfo(torch.float64).tiny))))
         scale = torch.where(largest > 0, scale, 1.0)
         return cls((rows.double() / scale).float(), scale)
 
-    def add_square(self, total: Tensor) -> None:
-        """``total += rowsᵀ rows`` (cols, cols), float64, in its upper triangle."""
-        cols = len(total)
-        for start in range(0, cols, PANEL):
-            self._add(total, self, slice(start, min(start + PANEL, cols)), slice(start, cols))
+    def sum(self, tokens: slice) -> Tensor:
+        """Sum of the values over some tokens (cols,), float64."""
+        found = self.rows[tokens].sum(0).double()
+        return found if self.scale is None else found * self.scale
 
-    def add_product(self, total: Tensor, other: _InRange) -> None:
-        """``total += rowsᵀ other`` (cols, other cols), float64."""
-        self._add(total, other, slice(None), slice(None))
-
-    def _add(self, total: Tensor, other: _InRange, left: slice, right: slice) -> None:
-        product = self.rows[:, left].T @ other.rows[:, right]
-        if self.scale is not None or other.scale is not None:
-            product = product.double()
+    def add_product(self, total: Tensor, other: _InRange, tokens: slice) -> None:
+        """``total += selfᵀ other`` over some tokens, float64; of a product with itself the upper triangle."""
+        for start in range(0, len(total), PANEL):
+            panel = slice(start, start + PANEL)
+            right = slice(start if other is self else 0, None)
+            product = self.rows[tokens, panel].T @ other.rows[tokens, right]
             if self.scale is not None:
-                product *= self.scale[left, None]
+                product = product.double() * self.scale[panel, None]
             if other.scale is not None:
-                product *= other.scale[right]
-        total[left, right] += product
+                product = product.double() * other.scale[right]
+            total[panel, right] += product
 
 
 def _mirrored(upper: Tensor) -> Tensor:

@@ -133,6 +133,45 @@ def test_accumulators_merge(cut: int, seed: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("spread", [0, 25])
+def test_sums_of_wide_layers_are_those_of_float64(spread: int) -> None:
+    """More columns than a panel, more tokens than a chunk; channels from 1e-25 to 1e25, or all near 1."""
+    generator = torch.Generator().manual_seed(spread)
+
+    def drawn(cols: int) -> torch.Tensor:
+        scale = 10.0 ** torch.linspace(-spread, spread, cols, dtype=torch.float64)
+        return torch.randn((1500, cols), generator=generator, dtype=torch.float64) * scale
+
+    inputs, dense, stream = drawn(900), drawn(900), drawn(500)
+    sums = ss.GramAccumulator(900, drift=True, residual=500)
+    sums.update(inputs[:0], dense[:0], stream[:0])  # an expert may receive no token
+    for part in (slice(0, 1400), slice(1400, None)):
+        sums.update(inputs[part], dense[part], stream[part])
+    lost = dense - inputs
+    assert sums.tokens == 1500
+    for found, left, right in [
+        (sums.gram().matrix, inputs, inputs),
+        (sums.cross(), inputs, lost),
+        (sums.lost(), lost, lost),
+        (sums.residual_cross(), inputs, stream),
+        (sums.residual_lost(), lost, stream),
+        (sums.residual(), stream, stream),
+    ]:
+        # float32 sums of at most 1,024 terms: 1e-6 of the sum of their sizes
+        allowed = 1e-6 * (left.abs().T @ right.abs())
+        assert bool(((found - left.T @ right).abs() <= allowed).all())
+
+
+def test_drift_beyond_the_range_of_half_precision() -> None:
+    largest = torch.finfo(torch.bfloat16).max
+    sums = ss.GramAccumulator(1, drift=True)
+    sums.update(
+        torch.tensor([[largest]], dtype=torch.bfloat16), torch.tensor([[-largest]], dtype=torch.bfloat16)
+    )
+    assert float(sums.lost()) == 4 * largest**2
+    assert float(sums.cross()) == -2 * largest**2
+
+
 def test_activations_that_are_refused() -> None:
     accumulator = ss.GramAccumulator(3)
     with pytest.raises(ss.InvalidProblemError, match="expected 3 channels, found 4"):
@@ -140,6 +179,9 @@ def test_activations_that_are_refused() -> None:
     for bad in (torch.nan, torch.inf):
         with pytest.raises(ss.InvalidProblemError, match="no NaN or Inf, found 1"):
             accumulator.update(torch.tensor([[1.0, bad, 0.0]]))
+        drifting = ss.GramAccumulator(3, drift=True)
+        with pytest.raises(ss.InvalidProblemError, match="no NaN or Inf, found 1"):
+            drifting.update(torch.ones(1, 3), torch.tensor([[1.0, bad, 0.0]]))
     with pytest.raises(ss.InvalidProblemError, match="at least one token"):
         accumulator.gram()
 
