@@ -26,8 +26,8 @@ import torch.multiprocessing as multiprocessing
 import transformers
 
 import sparseswaps as ss
+from sparseswaps.prune_report import peak_memory_mb
 from sparseswaps.records import LayerRecord
-from sparseswaps.run import peak_memory_mb
 
 HIDDEN, FEED_FORWARD, HEADS, KEY_VALUE_HEADS, BLOCKS, VOCABULARY = 4096, 14336, 32, 8, 32, 128_256
 

@@ -13,7 +13,8 @@ from .errors import *  # noqa: F403
 from .objective import Objective
 from .pipeline import Mode, layer_problems, prune_layers
 from .problems import *  # noqa: F403
-from .run import PruneReport, prune
+from .prune_report import PruneReport
+from .run import prune
 from .solvers import *  # noqa: F403
 
 __all__ = [

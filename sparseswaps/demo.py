@@ -10,10 +10,11 @@ from .calibration import calibration_windows, evaluation_windows
 from .loading import load_model
 from .objective import Objective
 from .pipeline import Progress
+from .prune_report import PruneReport
 from .records import LayerRecord
 from .reports.demo import DemoLayer, DemoMethod, write_demo_report
 from .reports.page import Fact
-from .run import PruneReport, prune
+from .run import prune
 from .solvers import Magnitude, OneSwap, Wanda
 
 MODEL = Path(__file__).parent / "data" / "demo-model"

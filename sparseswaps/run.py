@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .activations import can_skip
 from .allocation import Allocation, allocate, check_allocation
 from .calibration import Windows, calibration_windows, evaluation_windows
 from .dense_outputs import DenseOutputs
@@ -26,8 +24,9 @@ from .gathering import gradient_batch_size_for
 from .loading import LoadedModel, load_model, resolve_device
 from .memory import Estimate, estimate, require_memory
 from .models import DEFAULT_EXCLUDE, check_finite, device_of, find_blocks, max_length
-from .objective import Objective
+from .objective import DEFAULT_DRIFT, Objective
 from .pipeline import Mode, Progress, Silent, check_options, prune_layers
+from .prune_report import PruneReport, peak_memory_mb, versions
 from .quality import model_embeddings, model_perplexity
 from .records import LayerRecord
 from .refinement import check_refinement, refine_masks
@@ -37,70 +36,6 @@ from .store import TensorStore
 
 DEFAULT_LENGTH = 2048
 HELD_OUT_WINDOWS = 16
-LIBRARIES = ("sparseswaps", "torch", "transformers", "numpy")
-
-
-@dataclass(frozen=True)
-class PruneReport:
-    """Everything that one run found out, ready to be written as JSON.
-
-    Attributes:
-        model, pattern, solver, start, mode, objective, allocation: what was asked for.
-        refine: passes of the refinement; loss_start, loss: before and after it (see ``refinement``), None
-            without; refinement_swaps: weights that it exchanged. Layer records are from before it.
-        update: what changed the kept weights of the final masks, None if nothing did; layer records are its.
-        samples, length, seed: calibration windows; calibration_hash: SHA-256 of their tokens.
-        evaluation, evaluation_windows: source and number of evaluation windows, each ``length`` long.
-        perplexity_dense, perplexity_pruned: of causal models.
-        cosine: mean cosine of pooled embeddings to the dense model's, for the others.
-        layers: one record per layer.
-        error_start, error, held_out_error: means over layers of the relative layer errors of the warm
-            start and of the result, on calibration and on held-out text (see ``LayerRecord``).
-        sparsity: pruned share of the prunable weights.
-        seconds: wall-clock time of the whole run; seconds_layers: of the searches alone.
-        peak_memory_mb: largest resident set of the process; on CUDA the device's peak beside it.
-        device, versions: where and with what.
-        out: directory of the pruned model, or None.
-    """
-
-    model: str
-    pattern: str
-    solver: str
-    start: str
-    mode: str
-    objective: str
-    allocation: str
-    refine: int
-    update: str | None
-    loss_start: float | None
-    loss: float | None
-    refinement_swaps: int
-    samples: int
-    length: int
-    seed: int
-    calibration: str
-    calibration_hash: str
-    evaluation: str | None
-    evaluation_windows: int
-    perplexity_dense: float | None
-    perplexity_pruned: float | None
-    cosine: float | None
-    layers: tuple[LayerRecord, ...]
-    error_start: float
-    error: float
-    held_out_error: float | None
-    sparsity: float
-    seconds: float
-    seconds_layers: float
-    peak_memory_mb: float
-    peak_device_memory_mb: float | None
-    device: str
-    versions: Mapping[str, str]
-    out: str | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values only."""
-        return asdict(self)
 
 
 def prune(
@@ -148,7 +83,9 @@ def prune(
         evaluation_limit: use only so many windows of the evaluation text; all by default.
         mode: sequential or one-shot.
         objective: what layers are fitted to (see ``Objective``), or its text such as
-            ``drift=0.75,residual=0.5,metric``; the paper's error by default.
+            ``drift=0.75,residual=0.5,metric``; ``plain`` is the paper's error. By default drift for searches
+            in sequential mode, if the model's blocks depend on each other only through their outputs, and the
+            paper's error for everything else.
         allocation: how the sparsity is spread over layers: ``uniform``, ``knapsack`` or ``owl``.
         refine: passes of refinement against the model's output after the layers are pruned (see
             ``refinement``).
@@ -178,7 +115,11 @@ def prune(
     progress = progress if progress is not None and ranks.first else Silent()
     solver = OneSwap() if solver is None else solver
     start = Wanda() if start is None else start
-    objective = Objective.parse(objective) if isinstance(objective, str) else objective or Objective()
+    asked = objective is not None
+    if isinstance(objective, str):
+        objective = Objective.parse(objective)
+    elif objective is None:
+        objective = _default_objective(solver, mode)
     folder = None if out is None else Path(out)
     if folder is not None:
         ranks.from_first(lambda: check_folder(folder, resume))
@@ -233,6 +174,9 @@ def prune(
         with loaded.residence.resident(block):
             check_finite([block])
     layers = [layer for block in blocks for layer in block.layers]
+    if not asked and objective.needs_dense_stream:
+        drifting = ranks.from_first(lambda: can_skip(loaded.model, blocks, windows.tokens))
+        objective = objective if drifting else Objective()
     dense = dense_weights(loaded, layers)
     store = TensorStore(limit)
     settings = {
@@ -386,6 +330,12 @@ def prune(
     return ranks.from_first(lambda: report)
 
 
+def _default_objective(solver: Solver, mode: Mode) -> Objective:
+    """Drift for searches in sequential mode; published methods see what their authors let them see."""
+    searches = solver.group in (Group.LOCAL_SEARCH, Group.EXACT)
+    return Objective(drift=DEFAULT_DRIFT if searches and mode is Mode.SEQUENTIAL else 0.0)
+
+
 @dataclass(frozen=True, eq=False)
 class _Quality:
     """Perplexity of a causal model, embeddings (windows, hidden) of another; nothing without windows."""
@@ -456,21 +406,6 @@ def window_length(loaded: LoadedModel, length: int | None) -> int:
             f"found {length}"
         )
     return length
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
-
-
-def peak_memory_mb() -> float:
-    """Largest resident set of this process so far, in 10⁶ bytes."""
-    if sys.platform == "linux":  # ru_maxrss starts from the size of the process that started this one
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
 def _stage(progress: Progress, text: str) -> Any:

@@ -20,8 +20,9 @@ from sparseswaps import evaluation
 from sparseswaps.distributed import Ranks
 from sparseswaps.masks import load_masks
 from sparseswaps.pipeline import Mode
+from sparseswaps.prune_report import PruneReport
 from sparseswaps.records import LayerRecord
-from sparseswaps.run import PruneReport, prune
+from sparseswaps.run import prune
 
 ARGUMENTS = {"samples": 12, "length": 32}
 

@@ -1,5 +1,6 @@
 """Every family goes through prune, save, reload and verify, with the whole of the pipeline."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 
 import sparseswaps as ss
 from sparseswaps.activations import Stream, can_skip, experts_one_by_one, steps_of
-from sparseswaps.loading import load_model
+from sparseswaps.calibration import Windows
+from sparseswaps.loading import LoadedModel, load_model
 from sparseswaps.masks import load_masks, verify_model
 from sparseswaps.models import find_blocks
 from sparseswaps.pipeline import Mode
@@ -154,7 +156,7 @@ def test_routers_and_embeddings_stay_dense() -> None:
 
 
 def test_shared_blocks_fall_back_to_whole_forwards(tmp_path: Path) -> None:
-    """ALBERT runs one block several times: blocks cannot be skipped, everything else still works."""
+    """ALBERT runs one block several times: blocks cannot be skipped, everything but drift still works."""
     import transformers as tf
 
     torch.manual_seed(0)
@@ -172,6 +174,13 @@ def test_shared_blocks_fall_back_to_whole_forwards(tmp_path: Path) -> None:
     blocks = find_blocks(model)
     assert not can_skip(model, blocks, windows)
     from sparseswaps.pipeline import prune_layers
+
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    given = LoadedModel(copy.deepcopy(model), None, "albert", dtypes)
+    text = Windows(windows, "random", len(windows))
+    assert prune(given, "0.5", calibration=text, length=24).objective == "plain"
+    with pytest.raises(ss.InvalidModelError, match="run without drift"):
+        prune(given, "0.5", calibration=text, length=24, objective="drift=0.75")
 
     masks = prune_layers(model, blocks, "0.5", windows, ss.OneSwap(), ss.Wanda())
     assert len(masks) == sum(len(block.layers) for block in blocks) == 6

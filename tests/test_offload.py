@@ -17,9 +17,10 @@ from sparseswaps import loading, memory, offload
 from sparseswaps.loading import LoadedModel, load_model
 from sparseswaps.masks import apply_masks, load_masks, verify_model
 from sparseswaps.models import find_blocks
+from sparseswaps.prune_report import PruneReport
 from sparseswaps.quality import model_embeddings, model_perplexity
 from sparseswaps.records import LayerRecord
-from sparseswaps.run import PruneReport, prune
+from sparseswaps.run import prune
 from sparseswaps.saving import save_model
 
 

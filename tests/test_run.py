@@ -85,6 +85,28 @@ def test_interrupted_runs_resume_to_the_same_masks(
     assert [x.objective for x in resumed.layers] == [x.objective for x in whole.layers]
 
 
+@pytest.mark.parametrize(
+    ("solver", "mode", "objective"),
+    [
+        (ss.OneSwap(), Mode.SEQUENTIAL, "drift=0.75"),
+        (ss.OneSwap(), Mode.ONE_SHOT, "plain"),
+        (ss.Wanda(), Mode.SEQUENTIAL, "plain"),
+        (ss.SparseGPT(), Mode.SEQUENTIAL, "plain"),
+    ],
+)
+def test_the_default_objective(
+    dense: Path, arguments: dict, tmp_path: Path, solver: ss.Solver, mode: Mode, objective: str
+) -> None:
+    """Drift for searches in sequential mode, and what a run that asks for the same gives."""
+    found = prune(dense, **arguments, solver=solver, mode=mode, out=tmp_path / "default")
+    assert found.objective == objective
+    asked = prune(dense, **arguments, solver=solver, mode=mode, objective=objective)
+    assert [layer.objective for layer in found.layers] == [layer.objective for layer in asked.layers]
+    assert found.perplexity_pruned == asked.perplexity_pruned
+    with RunDatabase(tmp_path / "default" / RECORD_FILE) as record:
+        assert record.facts()["settings"]["objective"] == objective
+
+
 def test_resume_refuses_other_settings(dense: Path, arguments: dict, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):

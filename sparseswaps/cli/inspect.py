@@ -16,7 +16,8 @@ from ..loading import load_model, resolve_device
 from ..models import DEFAULT_EXCLUDE, check_finite, find_blocks
 from ..pipeline import layer_problems
 from ..problems.files import save_instance
-from ..run import versions, window_length
+from ..prune_report import versions
+from ..run import window_length
 from ..solvers.registry import SOLVERS
 from .output import console, progress_bars, quiet_libraries
 

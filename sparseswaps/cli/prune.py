@@ -16,11 +16,12 @@ from ..evaluation import is_causal, mean_cosine
 from ..loading import load_model, resolve_device
 from ..masks import apply_masks, load_masks, verify_model
 from ..models import DEFAULT_EXCLUDE
-from ..objective import Objective
+from ..objective import DEFAULT_DRIFT, Objective
 from ..pipeline import Mode, Progress
+from ..prune_report import PruneReport, versions
 from ..quality import model_embeddings, model_perplexity
-from ..run import PruneReport, versions, window_length
 from ..run import prune as run_prune
+from ..run import window_length
 from ..saving import save_model
 from ..solvers.registry import parse_solver
 from .output import (
@@ -80,8 +81,12 @@ def prune(
         bool, typer.Option("--one-shot", help="All Gram matrices from the dense model.")
     ] = False,
     drift: Annotated[
-        float, typer.Option(help="Aim at the dense outputs with this strength, 0 to 1 (sequential mode).")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="Aim at the dense outputs with this strength, 0 to 1 (sequential mode). Searches get "
+            f"{DEFAULT_DRIFT:g} if no option of the objective is given; 0 is the paper's error."
+        ),
+    ] = None,
     residual_drift: Annotated[
         float,
         typer.Option(
@@ -148,6 +153,9 @@ def prune(
     """
     if one_shot and (drift or residual_drift):
         raise InputError("--drift needs the inputs of the pruned model: expected no --one-shot, found both")
+    objective = None
+    if drift is not None or residual_drift or output_metric or shrinkage:
+        objective = Objective(drift or 0.0, residual_drift, output_metric, shrinkage=shrinkage)
     quiet_libraries()
     arguments = {"solver": parse_solver(solver), "start": parse_solver(start)}
     try:
@@ -162,7 +170,7 @@ def prune(
                 seed=seed,
                 evaluation_limit=eval_windows,
                 mode=Mode.ONE_SHOT if one_shot else Mode.SEQUENTIAL,
-                objective=Objective(drift, residual_drift, output_metric, shrinkage=shrinkage),
+                objective=objective,
                 allocation=allocation,
                 refine=refine,
                 update=None if update is None else parse_solver(update),

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..pipeline import Mode
 from ..problems import LayerProblem
+from ..prune_report import PruneReport, peak_memory_mb, versions
 from ..records import LayerRecord
-from ..run import PruneReport, peak_memory_mb, prune, versions
+from ..run import prune
 from ..solvers import Budget, Group, Outcome, Solution, Solver, solve
 from ..solvers.registry import parse_solver
 from ..study_records import LayerBoundRecord, ModelRecord, RowRecord, TraceRecord, UnitRecord, UnitResult
