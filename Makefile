@@ -9,7 +9,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-demo: .venv/ready  ## prune the bundled model four ways; ends with a table and a report page
+demo: .venv/ready  ## prune the bundled model five ways; ends with a table and a report page
 	$(BIN)/sparseswaps demo
 
 test: .venv/ready  ## all tests, on all cores

@@ -28,7 +28,7 @@ METHODS = (
     ("Wanda", Wanda(), Objective()),
     ("1-swap", OneSwap(), Objective()),
     ("1-swap, drift", OneSwap(), Objective(drift=0.75)),
-    ("1-swap, drift and output metric", OneSwap(), Objective(drift=0.75, residual=0.5, metric=True)),
+    ("1-swap, drift and output metric", OneSwap(), Objective(drift=0.75, metric=True)),
 )
 
 

@@ -165,7 +165,10 @@ def require_memory(
     what = "the model, activations, Gram matrices and search"
     if not with_model:
         what = "activations, Gram matrices and search beside the model"
-    ways = "fewer or shorter windows, sequential mode, no drift or a limit of activations in memory need less"
+    ways = (
+        "fewer or shorter windows, sequential mode, no drift (--drift 0) or a limit of activations in memory "
+        "need less"
+    )
     if with_model and not offload:
         ways += ", and so does offloading"
     for name, needed, there in pairs:
