@@ -197,8 +197,8 @@ class GramAccumulator:
         cols: input channels of the layer.
         device: where the sums are kept.
         drift: also sum ``X̂ (X - X̂)ᵀ`` and ``(X - X̂)(X - X̂)ᵀ``.
-        residual: width of the residual stream whose loss ``s = r - r̂`` (dense minus pruned) is summed as
-            well, ``X̂ sᵀ``, ``(X - X̂) sᵀ`` and ``s sᵀ``; 0 for none. With drift only.
+        residual: width of the residual stream whose loss ``s`` is summed as well, ``X̂ sᵀ``, ``(X - X̂) sᵀ``
+            and ``s sᵀ``; 0 for none. With drift only.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class GramAccumulator:
         Args:
             inputs: what the layer receives, ``X̂ᵀ`` (..., cols), any floating dtype.
             dense_inputs: what it receives in the dense model, ``Xᵀ``, same shape; with drift only.
-            residual_loss: ``r - r̂`` (..., residual), dense minus pruned stream; with residual only.
+            residual_loss: ``s`` (..., residual), what the pruned stream has lost; with residual only.
 
         Raises:
             InvalidProblemError: for a wrong width, NaN or Inf, or missing dense inputs.
@@ -324,16 +324,16 @@ class GramAccumulator:
         return _mirrored(self._sums[2])
 
     def residual_cross(self) -> Tensor:
-        """``X̂ (r - r̂)ᵀ`` (cols, residual), float64."""
+        """``X̂ sᵀ`` (cols, residual), float64."""
         return self._residual[: self._sums.shape[-1]]
 
     def residual_lost(self) -> Tensor:
-        """``(X - X̂)(r - r̂)ᵀ`` (cols, residual), float64."""
+        """``(X - X̂) sᵀ`` (cols, residual), float64."""
         cols = self._sums.shape[-1]
         return self._residual[cols : 2 * cols]
 
     def residual(self) -> Tensor:
-        """``(r - r̂)(r - r̂)ᵀ`` (residual, residual), float64."""
+        """``s sᵀ`` (residual, residual), float64."""
         return _mirrored(self._residual[2 * self._sums.shape[-1] :])
 
     def _require_tokens(self) -> None:

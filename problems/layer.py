@@ -12,8 +12,10 @@ Drift: when the layer receives ``X̂`` while its target stays ``W X``, the error
 
 and a strength α moves the target from ``W X̂`` (α = 0) to ``W X`` (α = 1): h scales by α, const by α².
 Any target ``T`` (rows, tokens) gives ``h = X̂ (T - W X̂)ᵀ`` and ``const = ‖T - W X̂‖²`` row by row; for
-layers that write into the residual stream ``T = W X̂ + α W (X - X̂) + β (r - r̂)`` with the dense and
-pruned stream ``r``, ``r̂`` lets them repair what the stream has lost (*residual drift*, strength β).
+layers that write into the residual stream ``T = W X̂ + α W (X - X̂) + β s`` lets them repair what the
+stream has lost (*residual drift*, strength β): ``s = r - c r̂`` of the dense and pruned stream ``r``, ``r̂``,
+each token's ``c`` the one that brings them nearest, for the normalisation layers that read the stream forget
+its scale.
 
 Output metric: with ``S`` (rows, rows) positive definite the error is ``tr(S E Eᵀ)``, ``E`` (rows, tokens)
 the output error. Rows are coupled then (see ``metric``); ``S = I`` is the paper's problem.

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from .activations import Step, Stream, residual_writers, steps_of
@@ -245,12 +246,24 @@ def _observe_batch(
 
     def pair_stream(layer: PrunableLayer, stream: Tensor) -> None:
         found, inputs = pairs.pop(layer.name)
-        add_inputs(sums[layer.name], layer, found, inputs, stream - streams.pop(layer.name))
+        add_inputs(sums[layer.name], layer, found, inputs, stream_loss(stream, streams.pop(layer.name)))
 
     flow.pruned.observe(batch, leaders, observe, advance, alone, keep_stream)
     if flow.dense is not None:
         with other_weights(block, dense):
             flow.dense.observe(batch, leaders, pair, False, alone, pair_stream)
+
+
+def stream_loss(dense: Tensor, pruned: Tensor) -> Tensor:
+    """What the pruned residual stream has lost, up to its scale (tokens..., channels), float32 or wider.
+
+    ``s = r - c r̂`` with each token's ``c = ⟨r, r̂⟩ / ⟨r̂, r̂⟩``: normalisation layers forget the scale of what
+    they read, so that repairing it as well (``c = 1``) spends weights on nothing.
+    """
+    kind = torch.promote_types(dense.dtype, torch.float32)
+    size = pruned.double().square().sum(-1, keepdim=True)
+    scale = (dense.double() * pruned.double()).sum(-1, keepdim=True) / torch.where(size > 0, size, 1.0)
+    return dense.to(kind) - scale.to(kind) * pruned.to(kind)
 
 
 def add_inputs(

@@ -3,7 +3,8 @@
 All of these change the layer's problem, none the search (see ``problems.layer`` for the mathematics):
 
 - *drift* α: the target moves from ``W X̂`` to the dense outputs ``W X``;
-- *residual drift* β: layers that write into the residual stream also repair what it has lost;
+- *residual drift* β: layers that write into the residual stream also repair what it has lost, up to its
+  scale;
 - *output metric*: errors of different outputs are weighed by what they cost downstream;
 - *held-out share*: that share of the calibration windows is kept out of the Gram matrices, and rows
   whose error there rises stop early (see ``solvers.held_out_stop``);

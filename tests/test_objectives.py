@@ -20,6 +20,7 @@ from sparseswaps.allocation import (
     owl_sparsities,
     sparsity_levels,
 )
+from sparseswaps.gathering import stream_loss
 from sparseswaps.gradients import Moments, gradient_moments, logits_of
 from sparseswaps.memory import moment_bytes, moment_groups
 from sparseswaps.models import find_blocks
@@ -120,8 +121,29 @@ def test_other_solvers_say_that_they_see_rows_alone() -> None:
         ss.LayerProblem.from_target(problem.weight, torch.ones(5, 8), torch.ones(4, 3), problem.pattern)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_loss_of_the_stream_forgets_its_scale(dtype: torch.dtype) -> None:
+    """It is orthogonal to the pruned stream, the same for any length of it, and everything if that is 0."""
+    generator = torch.Generator().manual_seed(0)
+    dense, pruned = (torch.randn((2, 5, 8), generator=generator).to(dtype) for _ in range(2))
+    pruned[0, 0] = 0
+    loss = stream_loss(dense, pruned)
+    assert loss.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
+    # rounding of float32, or of float64, times the lengths of the two
+    allowed = 8 * torch.finfo(loss.dtype).eps * (dense.double().norm(dim=-1) * pruned.double().norm(dim=-1))
+    assert bool(((loss.double() * pruned.double()).sum(-1).abs() <= allowed).all())
+    assert torch.equal(stream_loss(dense, 4 * pruned), loss)  # by a power of two, so that nothing is rounded
+    assert torch.equal(loss[0, 0], dense[0, 0].to(loss.dtype))
+    # r = c r̂ + s with one c for each token
+    rest = dense.double() - loss.double()
+    ratio = rest[1] / pruned[1].double()
+    torch.testing.assert_close(
+        ratio, ratio[:, :1].expand_as(ratio), rtol=1e-4, atol=1e-4
+    )  # small r̂ round most
+
+
 def test_residual_drift_from_sums() -> None:
-    """h and the constant of T = W X̂ + α W (X - X̂) + β (r - r̂), from batches."""
+    """h and the constant of T = W X̂ + α W (X - X̂) + β s, from batches."""
     generator = torch.Generator().manual_seed(0)
     inputs = ss.synthetic_activations("correlated", 6, 80, 0)
     dense = inputs + 0.2 * ss.synthetic_activations("correlated", 6, 80, 1)
