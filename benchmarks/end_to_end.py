@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
 import transformers
+from output import publish
 
 import sparseswaps as ss
 from sparseswaps.prune_report import peak_memory_mb
@@ -169,10 +170,7 @@ def main() -> None:
         + f"\n| all | {sum(clock.seconds.values()):.1f} | {max(clock.host.values()):.2f} | "
         + (f"{max(clock.on_device.values()):.2f} |\n" if clock.on_device else "– |\n")
     )
-    print(text)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text, encoding="utf-8")
+    publish(text, args.out)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from output import publish
 from torch import Tensor
 
 import sparseswaps as ss
@@ -240,10 +241,7 @@ def main() -> None:
         layer = ss.synthetic_layer(args.family, args.rows, cols, args.pattern, args.seed, tokens=2 * cols)
         report += measure(layer, args)
     text = "\n".join(report) + "\n"
-    print(text)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text, encoding="utf-8")
+    publish(text, args.out)
 
 
 if __name__ == "__main__":

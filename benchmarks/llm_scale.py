@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from output import publish
 from torch import Tensor
 
 import sparseswaps as ss
@@ -138,10 +139,7 @@ def main() -> None:
         for (pattern, search), seconds in totals.items()
     ]
     text = "\n".join(report) + "\n"
-    print(text)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text, encoding="utf-8")
+    publish(text, args.out)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from output import publish
 
 MEGA = 1e6
 VERSION_ONE, VERSION_TWO = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
@@ -145,10 +146,7 @@ def main() -> None:
         + "\n".join(rows)
         + f"\n\n{summary}\n"
     )
-    print(text)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text, encoding="utf-8")
+    publish(text, args.out)
 
 
 if __name__ == "__main__":

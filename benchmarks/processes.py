@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import transformers
+from output import publish
 
 import sparseswaps as ss
 from sparseswaps.distributed import Ranks
@@ -113,10 +114,7 @@ def main() -> None:
         f"{args.hidden}, {args.blocks} blocks, {args.windows} windows of {args.length} tokens, 1-swap from "
         "Wanda at 50 %. Masks are equal bit for bit.\n\n" + "\n".join(lines) + "\n"
     )
-    print(text)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text, encoding="utf-8")
+    publish(text, args.out)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from ..errors import InvalidProblemError
 
 # float32 products of at most this many tokens are summed in float64: rounding stays that of one chunk
 CHUNK_TOKENS = 1024
-# Columns of a symmetric product that are multiplied at a time, with those to their right only
+# Columns that are multiplied at a time; in a symmetric product with those to their right only
 PANEL = 384
 # Channels whose largest value lies between these need no scaling: squares stay far from float32's ends
 SMALL, LARGE = 2.0**-40, 2.0**50
@@ -379,7 +379,7 @@ class _InRange:
 
     @classmethod
     def of(cls, rows: Tensor) -> _InRange:
-        """Of at least one token.
+        """``rows`` (tokens, cols) of any floating dtype, at least one token.
 
         Raises:
             InvalidProblemError: for NaN or Inf.

@@ -331,7 +331,7 @@ def prune(
 
 
 def _default_objective(solver: Solver, mode: Mode) -> Objective:
-    """Drift for searches in sequential mode; published methods see what their authors let them see."""
+    """Drift for searches in sequential mode; scores and weight updates are fitted as published."""
     searches = solver.group in (Group.LOCAL_SEARCH, Group.EXACT)
     return Objective(drift=DEFAULT_DRIFT if searches and mode is Mode.SEQUENTIAL else 0.0)
 

@@ -134,12 +134,10 @@ def test_the_loss_of_the_stream_forgets_its_scale(dtype: torch.dtype) -> None:
     assert bool(((loss.double() * pruned.double()).sum(-1).abs() <= allowed).all())
     assert torch.equal(stream_loss(dense, 4 * pruned), loss)  # by a power of two, so that nothing is rounded
     assert torch.equal(loss[0, 0], dense[0, 0].to(loss.dtype))
-    # r = c r̂ + s with one c for each token
+    # r = c r̂ + s with one c for each token; where r̂ is small its rounding is largest
     rest = dense.double() - loss.double()
     ratio = rest[1] / pruned[1].double()
-    torch.testing.assert_close(
-        ratio, ratio[:, :1].expand_as(ratio), rtol=1e-4, atol=1e-4
-    )  # small r̂ round most
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-4, atol=1e-4)
 
 
 def test_residual_drift_from_sums() -> None:
