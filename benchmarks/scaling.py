@@ -66,7 +66,12 @@ def memory_rows() -> list[tuple[str, ...]]:
         ("one block in bfloat16", lambda m: 2 * m.block_weights / GIGA),
         ("Gram matrix of a hidden input, with its normalised form", lambda m: entries * m.hidden**2 / GIGA),
         ("Gram matrix of a down projection's input", lambda m: entries * m.feed_forward**2 / GIGA),
-        ("sums of the same with drift", lambda m: 3 * GRAM_BYTES * m.feed_forward**2 / GIGA),
+        (
+            "sums of the same with drift and residual drift",
+            lambda m: (
+                GRAM_BYTES * (3 * m.feed_forward**2 + (2 * m.feed_forward + m.hidden) * m.hidden) / GIGA
+            ),
+        ),
         ("activations of one stream in bfloat16", lambda m: 2 * tokens * m.hidden / GIGA),
         ("mask file", lambda m: m.weights / 8 / GIGA),
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
 
 from .calibration import calibration_windows, evaluation_windows
 from .loading import load_model
-from .objective import Objective
+from .objective import SEARCH_DEFAULT, Objective
 from .pipeline import Progress
 from .prune_report import PruneReport
 from .records import LayerRecord
@@ -27,8 +28,8 @@ METHODS = (
     ("magnitude", Magnitude(), Objective()),
     ("Wanda", Wanda(), Objective()),
     ("1-swap", OneSwap(), Objective()),
-    ("1-swap, drift", OneSwap(), Objective(drift=0.75)),
-    ("1-swap, drift and output metric", OneSwap(), Objective(drift=0.75, metric=True)),
+    ("1-swap, both drifts", OneSwap(), SEARCH_DEFAULT),
+    ("1-swap, both drifts, output metric", OneSwap(), replace(SEARCH_DEFAULT, metric=True)),
 )
 
 

@@ -63,6 +63,7 @@ def estimate(
     windows: Tensor,
     held_out: int,
     drift: bool,
+    residual: bool,
     metric: bool,
     one_shot: bool,
     ranks: int = 1,
@@ -78,6 +79,7 @@ def estimate(
         windows: calibration windows (windows, length).
         held_out: held-out windows of the same length.
         drift: whether dense and pruned activations travel side by side.
+        residual: whether sums for residual drift are gathered.
         metric: whether the output metric is gathered.
         one_shot: whether the sums of a whole block are held at a time.
         ranks: processes that share windows and rows.
@@ -101,9 +103,9 @@ def estimate(
         stored = min(stored, activation_limit)
     groups = moment_groups(blocks, MOMENT_BYTES if activation_limit is None else activation_limit)
     gathered = max(sum(moment_bytes(block) for block in group) for group in groups) if metric else 0
-    matrices = 3 if drift else 1
     copies = 2 + (1 if held_out else 0)
-    sums = max(_sum_entries(block.layers, one_shot) for block in blocks) * 8 * matrices * copies
+    stream = hidden if residual else 0
+    sums = max(_sum_entries(block.layers, one_shot, drift, stream) for block in blocks) * 8 * copies
     search = GRAM_BYTES * cols**2 + SEARCH_BYTES * rows * cols // ranks
     block_weights = max(sum(x.weight.numel() * element for x in block.layers) for block in blocks)
     whole = [_bytes_of(block.module) for block in blocks]
@@ -113,7 +115,7 @@ def estimate(
     dense = 0 if offload else sum(layer.weight.numel() * element for layer in layers)
     # the moments of a group are gathered before the first layer is searched
     beside = max(gathered, sums + search + 2 * block_weights) + forward + (max(whole) if offload else 0)
-    flops = _flops(layers, len(windows) * length, drift, ranks)
+    flops = _flops(layers, len(windows) * length, drift, stream, ranks)
     on_device = device.type != "cpu"
     return Estimate(
         model_bytes,
@@ -216,28 +218,35 @@ def _groups(layers: Sequence[PrunableLayer]) -> dict[tuple[int, int, int | None]
     }
 
 
-def _sum_entries(layers: Sequence[PrunableLayer], one_shot: bool) -> int:
-    """Entries of the Gram matrices that are held at a time."""
+def _sum_sizes(layer: PrunableLayer, drift: bool, stream: int) -> int:
+    """Entries of the sums of a layer's inputs, with residual ones if it is as high as the stream."""
+    rows, cols = layer.weight.shape
+    residual = (2 * cols + stream) * stream if rows == stream else 0
+    return (3 if drift else 1) * cols**2 + residual
+
+
+def _sum_entries(layers: Sequence[PrunableLayer], one_shot: bool, drift: bool, stream: int) -> int:
+    """Entries of the sums that are held at a time."""
     if not layers:
         return 0
     groups = list(_groups(layers).values())
     if one_shot:
-        return sum(layer.weight.shape[1] ** 2 for layer in groups)
+        return sum(_sum_sizes(layer, drift, stream) for layer in groups)
     experts: dict[str, int] = {}
     for layer in groups:
         family = layer.name.rsplit(".", 1)[0] if layer.expert is not None else layer.name
-        experts[family] = experts.get(family, 0) + layer.weight.shape[1] ** 2
+        experts[family] = experts.get(family, 0) + _sum_sizes(layer, drift, stream)
     return max(experts.values())
 
 
-def _flops(layers: Sequence[PrunableLayer], tokens: int, drift: bool, ranks: int) -> float:
+def _flops(layers: Sequence[PrunableLayer], tokens: int, drift: bool, stream: int, ranks: int) -> float:
     total = 0.0
     for layer in layers:
         rows, cols = layer.weight.shape
         total += PASSES * (2 if drift else 1) * 2 * rows * cols * tokens / ranks
         total += 2 * 3 * 2 * rows * cols**2 / ranks  # three products in float64, each worth two in float32
     for layer in _groups(layers).values():
-        total += (3 if drift else 1) * 2 * layer.weight.shape[1] ** 2 * tokens / ranks
+        total += 2 * _sum_sizes(layer, drift, stream) * tokens / ranks
     return total
 
 

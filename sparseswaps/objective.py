@@ -19,9 +19,6 @@ from dataclasses import dataclass, fields
 from .errors import InputError
 from .problems.metric import DAMPING
 
-# What searches get in sequential mode where nothing else is asked for: with it models were better than with
-# the paper's error, on each model and pattern of the study of objectives (reports/studies/objectives.toml).
-DEFAULT_DRIFT = 0.75
 # A drift strength of this value is chosen for each group of layers among AUTO_DRIFT.
 AUTO = -1.0
 AUTO_DRIFT = (0.25, 0.5, 0.75, 1.0)
@@ -119,3 +116,8 @@ class Objective:
             except ValueError as error:
                 raise InputError(f"objective: expected a number for {name}, found {value!r}") from error
         return cls(**values)  # type: ignore[arg-type]  # each value has its field's type
+
+
+# What searches get in sequential mode where nothing else is asked for: with it models were better than with
+# the paper's error, on each model and pattern of the study of objectives (reports/studies/objectives.toml).
+SEARCH_DEFAULT = Objective(drift=0.75, residual=0.5)

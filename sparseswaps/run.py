@@ -24,7 +24,7 @@ from .gathering import gradient_batch_size_for
 from .loading import LoadedModel, load_model, resolve_device
 from .memory import Estimate, estimate, require_memory
 from .models import DEFAULT_EXCLUDE, check_finite, device_of, find_blocks, max_length
-from .objective import DEFAULT_DRIFT, Objective
+from .objective import SEARCH_DEFAULT, Objective
 from .pipeline import Mode, Progress, Silent, check_options, prune_layers
 from .prune_report import PruneReport, peak_memory_mb, versions
 from .quality import model_embeddings, model_perplexity
@@ -83,9 +83,9 @@ def prune(
         evaluation_limit: use only so many windows of the evaluation text; all by default.
         mode: sequential or one-shot.
         objective: what layers are fitted to (see ``Objective``), or its text such as
-            ``drift=0.75,residual=0.5,metric``; ``plain`` is the paper's error. By default drift for searches
-            in sequential mode, if the model's blocks depend on each other only through their outputs, and the
-            paper's error for everything else.
+            ``drift=0.75,residual=0.5,metric``; ``plain`` is the paper's error. By default ``SEARCH_DEFAULT``,
+            drift and residual drift, for searches in sequential mode, if the model's blocks depend on each
+            other only through their outputs, and the paper's error for everything else.
         allocation: how the sparsity is spread over layers: ``uniform``, ``knapsack`` or ``owl``.
         refine: passes of refinement against the model's output after the layers are pruned (see
             ``refinement``).
@@ -158,6 +158,7 @@ def prune(
         windows.tokens,
         0 if eval_windows is None else min(len(eval_windows), HELD_OUT_WINDOWS),
         objective.needs_dense_stream,
+        objective.residual > 0,
         objective.metric,
         mode is Mode.ONE_SHOT,
         ranks.count,
@@ -331,9 +332,9 @@ def prune(
 
 
 def _default_objective(solver: Solver, mode: Mode) -> Objective:
-    """Drift for searches in sequential mode; scores and weight updates are fitted as published."""
+    """``SEARCH_DEFAULT`` for searches in sequential mode; scores and updates are fitted as published."""
     searches = solver.group in (Group.LOCAL_SEARCH, Group.EXACT)
-    return Objective(drift=DEFAULT_DRIFT if searches and mode is Mode.SEQUENTIAL else 0.0)
+    return SEARCH_DEFAULT if searches and mode is Mode.SEQUENTIAL else Objective()
 
 
 @dataclass(frozen=True, eq=False)

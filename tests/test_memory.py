@@ -29,8 +29,9 @@ def deeper(blocks: int) -> torch.nn.Module:
 
 def needs(blocks: int, windows: int = 16, **options: object) -> Estimate:
     model = deeper(blocks)
-    arguments = {"held_out": 0, "drift": False, "metric": False, "one_shot": False, **options}
-    return estimate(model, find_blocks(model), torch.zeros((windows, 64), dtype=torch.int64), **arguments)
+    plain = {"held_out": 0, "drift": False, "residual": False, "metric": False, "one_shot": False}
+    tokens = torch.zeros((windows, 64), dtype=torch.int64)
+    return estimate(model, find_blocks(model), tokens, **{**plain, **options})
 
 
 def test_estimates_grow_with_what_they_depend_on() -> None:
@@ -45,6 +46,9 @@ def test_estimates_grow_with_what_they_depend_on() -> None:
     assert needs(2, metric=True).host_bytes > few.host_bytes
     assert needs(2, metric=True, activation_limit=0).host_bytes < needs(2, metric=True).host_bytes
     assert needs(2, drift=True).host_bytes > few.host_bytes
+    # of the down projection's inputs, 64 wide, X̂ sᵀ, (X - X̂) sᵀ and s sᵀ in float64: twice, as every sum
+    both = needs(2, drift=True, residual=True)
+    assert both.host_bytes - needs(2, drift=True).host_bytes == 2 * 8 * (2 * 64 + 32) * 32
     assert needs(2, one_shot=True).host_bytes > few.host_bytes
     assert few.device_bytes == 0
     assert few.seconds > 0

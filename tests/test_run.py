@@ -88,7 +88,7 @@ def test_interrupted_runs_resume_to_the_same_masks(
 @pytest.mark.parametrize(
     ("solver", "mode", "objective"),
     [
-        (ss.OneSwap(), Mode.SEQUENTIAL, "drift=0.75"),
+        (ss.OneSwap(), Mode.SEQUENTIAL, "drift=0.75,residual=0.5"),
         (ss.OneSwap(), Mode.ONE_SHOT, "plain"),
         (ss.Wanda(), Mode.SEQUENTIAL, "plain"),
         (ss.SparseGPT(), Mode.SEQUENTIAL, "plain"),
@@ -97,7 +97,7 @@ def test_interrupted_runs_resume_to_the_same_masks(
 def test_the_default_objective(
     dense: Path, arguments: dict, tmp_path: Path, solver: ss.Solver, mode: Mode, objective: str
 ) -> None:
-    """Drift for searches in sequential mode, and what a run that asks for the same gives."""
+    """Both drifts for searches in sequential mode, and what a run that asks for the same gives."""
     found = prune(dense, **arguments, solver=solver, mode=mode, out=tmp_path / "default")
     assert found.objective == objective
     asked = prune(dense, **arguments, solver=solver, mode=mode, objective=objective)

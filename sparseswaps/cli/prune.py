@@ -16,7 +16,7 @@ from ..evaluation import is_causal, mean_cosine
 from ..loading import load_model, resolve_device
 from ..masks import apply_masks, load_masks, verify_model
 from ..models import DEFAULT_EXCLUDE
-from ..objective import DEFAULT_DRIFT, Objective
+from ..objective import SEARCH_DEFAULT, Objective
 from ..pipeline import Mode, Progress
 from ..prune_report import PruneReport, versions
 from ..quality import model_embeddings, model_perplexity
@@ -84,7 +84,8 @@ def prune(
         float | None,
         typer.Option(
             help="Aim at the dense outputs with this strength, 0 to 1 (sequential mode). Searches get "
-            f"{DEFAULT_DRIFT:g} if no option of the objective is given; 0 is the paper's error."
+            f"{SEARCH_DEFAULT.drift:g}, and residual drift {SEARCH_DEFAULT.residual:g}, if no option of the "
+            "objective is given; --drift 0 is the paper's error."
         ),
     ] = None,
     residual_drift: Annotated[
