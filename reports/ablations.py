@@ -1,22 +1,20 @@
-"""What changes when one thing changes: swaps allowed, warm start, calibration size, text, drift."""
+"""What changes in layers when one thing changes: swaps allowed, warm start, calibration size and text."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import PercentFormatter
 
 from ..study_records import ModelRecord, UnitRecord
-from .axes import gap_scale, legend_below, numbers, plain_log, series
+from .axes import gap_scale, legend_below, numbers, series
 from .figures import Figure
 from .page import Section
 from .palette import style
-from .study_data import StudyData, pattern_name
+from .study_data import StudyData
 from .tables import Cell, Column, Row, Table
 
 INFINITE = "∞"
@@ -335,122 +333,3 @@ def _calibration_figure(rows: tuple[Row, ...]) -> Figure:
         draw,
         (7.4, 4.4),
     )
-
-
-@dataclass(frozen=True)
-class Factor:
-    """Something that whole-model runs vary.
-
-    Attributes:
-        name: stem of its figure; title: in words.
-        value: of a run, as text; None where it does not apply.
-        order: sort key of the texts.
-    """
-
-    name: str
-    title: str
-    value: Callable[[ModelRecord], str | None]
-    order: Callable[[str], float | str]
-
-
-def _model_swaps(record: ModelRecord) -> str | None:
-    allowed = swaps_allowed(record)
-    return None if allowed is None else show_swaps(allowed)
-
-
-def _drift_strength(record: ModelRecord) -> str | None:
-    """One-shot, or the strength of the drift where the objective has nothing else."""
-    if record.mode == "one-shot" or record.objective == "plain":
-        return record.mode if record.mode == "one-shot" else "0"
-    name, _, value = record.objective.partition("=")
-    return value if name == "drift" and re.fullmatch(r"[\d.]+", value) else None
-
-
-FACTORS = (
-    Factor(
-        "swaps", "swaps allowed per row", _model_swaps, lambda x: float("inf") if x == INFINITE else float(x)
-    ),
-    Factor("start", "warm start", lambda record: record.start or None, str),
-    Factor("samples", "calibration windows", lambda record: str(record.samples), float),
-    Factor("calibration", "calibration text", lambda record: record.calibration, str),
-    Factor(
-        "drift",
-        "one-shot, then sequential with drift",
-        _drift_strength,
-        lambda x: -1.0 if x == "one-shot" else float(x),
-    ),
-)
-
-
-def factor_of(record: ModelRecord) -> tuple[tuple[str, str | None], ...]:
-    """The value of every factor of a run."""
-    return tuple((factor.name, factor.value(record)) for factor in FACTORS)
-
-
-def factor_figure(models: Sequence[ModelRecord], factor: Factor) -> Figure | None:
-    """Error and quality of the model against one factor, all else equal; None where it is not varied."""
-    groups: dict[tuple[object, ...], dict[str, ModelRecord]] = {}
-    for record in models:
-        value = factor.value(record)
-        if value is None:
-            continue
-        rest = tuple(pair for pair in factor_of(record) if pair[0] != factor.name)
-        key = (record.model, record.pattern, record.method, record.seed, rest)
-        groups.setdefault(key, {})[value] = record
-    chosen = {key: members for key, members in groups.items() if len(members) > 1}
-    if not chosen:
-        return None
-    most = max(len(members) for members in chosen.values())
-    rows: list[Row] = []
-    for members in chosen.values():
-        if len(members) < most:
-            continue
-        for value in sorted(members, key=factor.order):
-            record = members[value]
-            series_name = f"{record.model}, {pattern_name(record.pattern)}, {record.method}"
-            rows.append(
-                (series_name, value, record.error, record.held_out_error, record.perplexity, _loss(record))
-            )
-    causal = any(row[4] is not None for row in rows)
-    rows = [row for row in rows if (row[4] is not None) == causal]
-
-    def draw(canvas: Canvas, rows: tuple[Row, ...]) -> None:
-        ticks = sorted({str(row[1]) for row in rows}, key=factor.order)
-        left, right = canvas.subplots(1, 2)
-        for index, (label, points) in enumerate(series(rows).items()):
-            look = style(index)
-            x = [ticks.index(str(point[1])) for point in points]
-            left.plot(
-                x, numbers(points, 2), look.mark + ":", color=look.colour, fillstyle="none", linewidth=1.2
-            )
-            left.plot(x, numbers(points, 3), look.mark + look.line, color=look.colour)
-            right.plot(
-                x, numbers(points, 4 if causal else 5), look.mark + look.line, color=look.colour, label=label
-            )
-        for axes in (left, right):
-            axes.set_xticks(range(len(ticks)), ticks, rotation=30 if max(map(len, ticks)) > 6 else 0)
-            axes.margins(x=0.1)
-            axes.set_xlabel(factor.title)
-        left.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-        left.set_title("mean relative layer error", loc="left")
-        right.set_title("perplexity" if causal else "1 − mean cosine", loc="left")
-        if causal:
-            right.set_yscale("log")
-            plain_log(right.yaxis)
-        legend_below(canvas, right, 2)
-
-    return Figure(
-        f"model-{factor.name}",
-        f"Whole models against {factor.title}",
-        "Left: layer error, dotted on the calibration text, solid on held-out text. Right: what it does "
-        "to the model. "
-        "Everything else is the same along a line.",
-        ("run", factor.title, "calibration error", "held-out error", "perplexity", "1 - cosine"),
-        tuple(rows),
-        draw,
-        (7.4, 4.4),
-    )
-
-
-def _loss(record: ModelRecord) -> Cell:
-    return None if record.cosine is None else 1 - record.cosine

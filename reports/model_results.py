@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure as Canvas
 
 from ..study_records import LayerBoundRecord, ModelLayer, ModelRecord
-from .ablations import FACTORS, factor_figure, factor_of, swaps_allowed
+from .ablations import swaps_allowed
 from .axes import legend_below, numbers, plain_log, series
 from .demo import DemoLayer, layer_error_map
+from .factors import FACTORS, factor_figure, factor_of
 from .figures import Figure
 from .model_bounds import model_bounds_section
 from .page import Section

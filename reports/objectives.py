@@ -11,7 +11,7 @@ from matplotlib.figure import Figure as Canvas
 from scipy import stats
 
 from ..study_records import ModelRecord
-from .axes import legend_below, numbers, plain_log, series
+from .axes import legend_below, mean, numbers, plain_log, series
 from .figures import Figure
 from .model_results import quality
 from .page import Section
@@ -26,19 +26,27 @@ PLAIN = "1-swap"
 LEVEL = 0.95
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Runs:
-    """One method on one model at one pattern, over seeds.
+    """One method on one model at one pattern with one choice of calibration text, over seeds.
 
     Attributes:
         model, pattern, method: what was run.
+        calibration, samples: text and windows.
         records: by seed.
     """
 
     model: str
     pattern: str
     method: str
+    calibration: str
+    samples: int
     records: dict[int, ModelRecord]
+
+    @property
+    def setting(self) -> tuple[str, str, str, int]:
+        """What a comparison of methods holds fixed."""
+        return self.model, self.pattern, self.calibration, self.samples
 
 
 def method_name(record: ModelRecord) -> str:
@@ -59,9 +67,10 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 def objective_sections(models: Sequence[ModelRecord]) -> list[Section]:
     """Masks alone, then updated weights; empty unless something ran with more than one seed."""
     done = [record for record in models if not record.failure and quality(record) is not None]
-    groups: dict[tuple[str, str, str], dict[int, ModelRecord]] = {}
+    groups: dict[tuple[str, str, str, str, int], dict[int, ModelRecord]] = {}
     for record in done:
-        groups.setdefault((record.model, record.pattern, method_name(record)), {})[record.seed] = record
+        key = (record.model, record.pattern, method_name(record), record.calibration, record.samples)
+        groups.setdefault(key, {})[record.seed] = record
     runs = [_Runs(*key, records) for key, records in groups.items()]
     if not any(len(run.records) > 1 for run in runs):
         return []
@@ -88,12 +97,13 @@ def _value(record: ModelRecord) -> float:
 
 
 def _rows(runs: Sequence[_Runs], everything: Sequence[_Runs]) -> list[Row]:
-    plain = {(run.model, run.pattern): run for run in everything if run.method == PLAIN}
+    plain = {run.setting: run for run in everything if run.method == PLAIN}
+    names = _names(everything)
     rows: list[Row] = []
     for run in runs:
         records = list(run.records.values())
-        mean = interval([_value(record) for record in records])
-        base = plain.get((run.model, run.pattern))
+        quality_interval = interval([_value(record) for record in records])
+        base = plain.get(run.setting)
         change: tuple[float | None, float | None, float | None] = (None, None, None)
         seeds = [] if base is None or base is run else sorted(set(run.records) & set(base.records))
         if base is not None and seeds:
@@ -106,12 +116,12 @@ def _rows(runs: Sequence[_Runs], everything: Sequence[_Runs]) -> list[Row]:
             (
                 run.model,
                 run.pattern,
-                run.method,
+                names[run],
                 len(records),
-                *mean,
+                *quality_interval,
                 *change,
                 float(np.mean([record.error or 0.0 for record in records])),
-                _mean([record.held_out_error for record in records]),
+                mean([record.held_out_error for record in records]),
                 float(np.mean([record.seconds for record in records])),
                 max(record.peak_memory_mb for record in records),
                 next((record.perplexity_dense for record in records), None),
@@ -121,9 +131,18 @@ def _rows(runs: Sequence[_Runs], everything: Sequence[_Runs]) -> list[Row]:
     return [(row[0], pattern_name(str(row[1])), *row[2:]) for row in rows]
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+def _names(runs: Sequence[_Runs]) -> dict[_Runs, str]:
+    """The method of each, with windows and text where those vary on its model."""
+    names = {}
+    for run in runs:
+        peers = [other for other in runs if other.model == run.model]
+        parts = [run.method]
+        if len({other.samples for other in peers}) > 1:
+            parts.append(f"{run.samples} windows")
+        if len({other.calibration for other in peers}) > 1:
+            parts.append(f"calibrated on {run.calibration}")
+        names[run] = ", ".join(parts)
+    return names
 
 
 def _table(rows: Sequence[Row], updated: bool) -> Table:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from study_rows import model_runs
 
-from sparseswaps.reports.ablations import FACTORS
+from sparseswaps.reports.factors import FACTORS, factor_figure
 from sparseswaps.reports.objectives import interval, method_name, objective_sections
 
 # perplexity of three calibration seeds by (objective, refinement, update)
@@ -105,3 +105,61 @@ def test_only_numbers_are_strengths_of_the_drift():
         value = drift.value(replace(record, objective=objective))
         assert value == expected
         assert value is None or drift.order(value) == float(value)
+
+
+def in_two_sizes():
+    """``runs`` with the windows they have and, twice as good, with 512."""
+    return [
+        replace(
+            record, unit=f"{record.unit}-{samples}", samples=samples, perplexity=share * record.perplexity
+        )
+        for record in runs()
+        for samples, share in ((record.samples, 1.0), (512, 0.5))
+    ]
+
+
+def test_methods_are_compared_with_the_same_calibration():
+    masks, _ = objective_sections(in_two_sizes())
+    rows = {row["method"]: row for row in rows_of(masks)}
+    few = runs()[0].samples
+    assert all(row["seeds"] == 3 for row in rows.values())
+    for samples, share in ((few, 1.0), (512, 0.5)):
+        assert rows[f"1-swap, {samples} windows"]["quality"] == pytest.approx(11.0 * share)
+        assert rows[f"1-swap, drift 0.75, {samples} windows"]["against 1-swap"] == pytest.approx(-0.1)
+
+
+def test_a_factor_s_line_is_one_method_and_its_marks_are_means_over_seeds():
+    factor = next(factor for factor in FACTORS if factor.name == "samples")
+    figure = factor_figure(in_two_sizes(), factor)
+    assert figure is not None
+    lines = {}
+    for name, windows, seeds, *_, perplexity, _ in figure.rows:
+        assert seeds == 3
+        lines.setdefault(name, {})[windows] = perplexity
+    assert len(lines) == len(QUALITY)
+    for (objective, _, update), values in QUALITY.items():
+        mine = [
+            line
+            for name, line in lines.items()
+            if objective.replace("=", " ") in name or objective == "plain"
+        ]
+        expected = sum(values) / 3
+        assert any(
+            line == pytest.approx({str(runs()[0].samples): expected, "512": expected / 2}) for line in mine
+        ), (objective, update)
+    assert factor_figure(runs(), factor) is None
+
+
+def test_an_allocation_is_not_taken_for_another_strength_of_the_drift():
+    factor = next(factor for factor in FACTORS if factor.name == "drift")
+    spread = [
+        replace(record, unit=record.unit + "-owl", allocation="owl", perplexity=99.0) for record in runs()
+    ]
+    plain = [record for record in spread if record.objective == "plain"]
+    figure = factor_figure([*runs(), *plain], factor)
+    assert figure is not None
+    # plain and drift 0.75 of the masks alone; plain with owl's allocation has no partner
+    assert [(row[1], row[5]) for row in figure.rows] == [
+        ("0", pytest.approx(11.0)),
+        ("0.75", pytest.approx(9.9)),
+    ]
