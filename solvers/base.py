@@ -173,6 +173,7 @@ class Solver(ABC):
         requires: libraries that it imports, by module name.
         layer_budget: whether it covers patterns whose rows share one budget.
         metric: whether it accepts an output metric: minimises the coupled error, or is a score.
+        drift_by_default: whether models are pruned with drift where nothing else is asked for.
     """
 
     name: ClassVar[str]
@@ -180,6 +181,11 @@ class Solver(ABC):
     requires: ClassVar[tuple[str, ...]] = ()
     layer_budget: ClassVar[bool] = False
     metric: ClassVar[bool] = False
+
+    @property
+    def drift_by_default(self) -> bool:
+        """Searches are; what was published for the paper's error is not, unless a solver says so."""
+        return self.group in (Group.LOCAL_SEARCH, Group.EXACT)
 
     @abstractmethod
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:

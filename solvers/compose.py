@@ -79,6 +79,11 @@ class Sequence(Solver):
         """Whether all members accept an output metric, or are local searches, which can sweep over rows."""
         return all(_sweeping(solver).metric for solver in self.solvers)
 
+    @property
+    def drift_by_default(self) -> bool:
+        """Whether any member's models are."""
+        return any(solver.drift_by_default for solver in self.solvers)
+
     def missing(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the members
         """Required libraries of any member that are not installed."""
         return tuple(dict.fromkeys(name for solver in self.solvers for name in solver.missing()))
@@ -139,6 +144,11 @@ class BestOf(Solver):
         if best is None or self.group is not Group.WEIGHT_UPDATE:
             return Outcome(best, Status.FINISHED, row_bounds=bounds, row_statuses=statuses)
         return Outcome(best, Status.FINISHED, row_statuses=statuses, weight=kept * best)
+
+    @property
+    def drift_by_default(self) -> bool:
+        """Whether any member's models are."""
+        return any(solver.drift_by_default for solver in self.solvers)
 
     def missing(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the members
         """Required libraries of any member that are not installed."""

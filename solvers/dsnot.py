@@ -64,6 +64,7 @@ class DSnoT(Solver):
     group: ClassVar[Group] = Group.LOCAL_SEARCH
     layer_budget: ClassVar[bool] = True
     metric: ClassVar[bool] = True  # it looks at means of errors only
+    drift_by_default: ClassVar[bool] = False  # it does not look at the drift
 
     max_cycles: int = 50
     threshold: float = 0.1

@@ -17,7 +17,7 @@ class DenseOutputs:
     """What the dense model answers on token windows, to compare a pruned one with.
 
     The loss of a model is ``KL(dense ‖ model)`` of the next token, summed over tokens, for those with logits,
-    and ``½‖z - ẑ‖²`` of mean-pooled, normalised last hidden states, summed over windows, for the others.
+    and ``½‖z - ẑ‖²`` of normalised last hidden states for the others, summed over tokens too.
 
     Logits are kept as the output head's inputs where the head alone makes them, and in full otherwise.
 
@@ -52,7 +52,7 @@ class DenseOutputs:
         return sum(batch.numel() for batch in self._batches)
 
     def loss(self, model: nn.Module, batch: int) -> Tensor:
-        """The loss of ``model`` on one batch, summed over its tokens or windows."""
+        """The loss of ``model`` on one batch, summed over its tokens."""
         device = device_of(model)
         output = model(**forward_inputs(model, self._batches[batch].to(device)))
         logits, kept = logits_of(output), self._kept[batch].to(device)

@@ -6,10 +6,10 @@ distribution and not of the data's labels (K-FAC: Martens and Grosse, ICML 2015,
 
 - models with logits (causal, sequence to sequence, encoders with a head): cross-entropy of labels drawn
   from the logits;
-- encoders without a head: ``⟨v, z⟩`` with ``z`` the mean-pooled, normalised last hidden state of a window and
-  ``v`` standard normal, whose gradient's second moment is the Gauss-Newton matrix of ``½‖z - z'‖²``, the
-  distance that the cosine of embeddings measures. A window has one ``z`` and so one ``v`` at a time: several
-  are drawn (``PROBES``).
+- encoders without a head: ``Σ ⟨v, z⟩`` over tokens with ``z`` the normalised last hidden state and ``v``
+  standard normal, whose gradient's second moment is the Gauss-Newton matrix of ``Σ ½‖z - z'‖²``. The same of
+  each window's mean hidden state, which the cosine of embeddings measures, would be one sample per window
+  instead of one per token: too few for a good metric, and a refinement fits them without a better model.
 
 Weights carry no gradients, and of each block only its inputs are kept until the backward pass
 recomputes it (activation checkpointing), so the memory beside the moments is one block's.
@@ -28,11 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from .activations import forward_replaced
 from .errors import InvalidModelError
 from .memory import MOMENT_BYTES, moment_groups
-from .models import Block, PrunableLayer, device_of, forward_inputs, model_kind
+from .models import Block, PrunableLayer, device_of, forward_inputs
 from .store import TensorStore
-
-# Directions per window for encoders without a head: one is too noisy a sample of their second moment.
-PROBES = 4
 
 Report = Callable[[int, int], None]
 
@@ -75,8 +72,7 @@ def gradient_moments(
         for layer in layers:
             hook = layer.module.register_forward_hook(_moment_hook(layer, moments))
             stack.callback(hook.remove)
-        probes = PROBES if model_kind(model) == "encoder" and not _has_logits(model, windows) else 1
-        batches = list(torch.split(windows, batch_size)) * probes
+        batches = torch.split(windows, batch_size)
         for done, batch in enumerate(batches, start=1):
             with torch.enable_grad():
                 output = model(**forward_inputs(model, batch.to(device)))
@@ -137,13 +133,6 @@ class Moments:
         return moment
 
 
-def _has_logits(model: nn.Module, windows: Tensor) -> bool:
-    device = device_of(model)
-    with torch.no_grad():
-        output = model(**forward_inputs(model, windows[:1].to(device)))
-    return logits_of(output) is not None
-
-
 def logits_of(output: Any) -> Tensor | None:
     """Logits (batch, length, vocabulary) of a model's output, None if it has none."""
     logits = getattr(output, "logits", None)
@@ -151,7 +140,7 @@ def logits_of(output: Any) -> Tensor | None:
 
 
 def embeddings_of(output: Any) -> Tensor:
-    """Mean-pooled, normalised last hidden states (batch, hidden), float32.
+    """Normalised last hidden states (batch, length, hidden), float32.
 
     Raises:
         InvalidModelError: if the output has no hidden states.
@@ -161,7 +150,7 @@ def embeddings_of(output: Any) -> Tensor:
         raise InvalidModelError(
             f"expected a model that returns logits or last hidden states, found {type(output).__name__}"
         )
-    return nn.functional.normalize(hidden.float().mean(1), dim=-1)
+    return nn.functional.normalize(hidden.float(), dim=-1)
 
 
 def _sampled_loss(output: Any, generator: torch.Generator) -> Tensor:
@@ -173,9 +162,9 @@ def _sampled_loss(output: Any, generator: torch.Generator) -> Tensor:
             noise = torch.rand(flat.shape, generator=generator).clamp_min(1e-20).to(flat.device)
             labels = (flat - (-noise.log()).log()).argmax(-1)
         return nn.functional.cross_entropy(flat, labels, reduction="sum")
-    pooled = embeddings_of(output)
-    direction = torch.randn(pooled.shape, generator=generator).to(pooled.device)
-    return (direction * pooled).sum()
+    embeddings = embeddings_of(output)
+    direction = torch.randn(embeddings.shape, generator=generator).to(embeddings.device)
+    return (direction * embeddings).sum()
 
 
 def _moment_hook(layer: PrunableLayer, moments: dict[str, Tensor]) -> Callable[..., None]:

@@ -3,7 +3,7 @@
 Layer errors are a means: what counts is how far the outputs of the pruned model are from the dense
 model's. With every layer pruned, the loss
 
-    ℓ = Σ_tokens KL(dense ‖ pruned),   or Σ_windows ½‖z - ẑ‖² of an encoder's pooled, normalised embeddings,
+    ℓ = Σ_tokens KL(dense ‖ pruned),   or Σ_tokens ½‖z - ẑ‖² of an encoder's normalised last hidden states,
 
 changes with the weights ``Ŵ`` of one layer, to second order in their step, by
 
@@ -63,7 +63,7 @@ class Refinement:
     """What a refinement did.
 
     Attributes:
-        loss_start, loss: mean over tokens (windows of an encoder) before and after.
+        loss_start, loss: mean over tokens before and after.
         swaps: how many weights were exchanged in all.
         steps: one record per try of a step.
     """

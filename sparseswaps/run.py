@@ -332,9 +332,8 @@ def prune(
 
 
 def _default_objective(solver: Solver, mode: Mode) -> Objective:
-    """``SEARCH_DEFAULT`` for searches in sequential mode; scores and updates are fitted as published."""
-    searches = solver.group in (Group.LOCAL_SEARCH, Group.EXACT)
-    return SEARCH_DEFAULT if searches and mode is Mode.SEQUENTIAL else Objective()
+    """Drift and residual drift for searches in sequential mode, the paper's error for everything else."""
+    return SEARCH_DEFAULT if solver.drift_by_default and mode is Mode.SEQUENTIAL else Objective()
 
 
 @dataclass(frozen=True, eq=False)
