@@ -64,7 +64,6 @@ class AlternatingReconstruction(Solver):
     name: ClassVar[str] = "alternating-reconstruction"
     group: ClassVar[Group] = Group.WEIGHT_UPDATE
     metric: ClassVar[bool] = True
-    drift_by_default: ClassVar[bool] = True
 
     rounds: int = 10
     tolerance: float = 1e-4

@@ -184,7 +184,7 @@ class Solver(ABC):
 
     @property
     def drift_by_default(self) -> bool:
-        """Searches are; what was published for the paper's error is not, unless a solver says so."""
+        """Searches are, where they look at the drift; scores and weight updates are not."""
         return self.group in (Group.LOCAL_SEARCH, Group.EXACT)
 
     @abstractmethod

@@ -81,8 +81,8 @@ class Sequence(Solver):
 
     @property
     def drift_by_default(self) -> bool:
-        """Whether any member's models are."""
-        return any(solver.drift_by_default for solver in self.solvers)
+        """Whether the last member's models are."""
+        return self.solvers[-1].drift_by_default
 
     def missing(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the members
         """Required libraries of any member that are not installed."""
@@ -144,11 +144,6 @@ class BestOf(Solver):
         if best is None or self.group is not Group.WEIGHT_UPDATE:
             return Outcome(best, Status.FINISHED, row_bounds=bounds, row_statuses=statuses)
         return Outcome(best, Status.FINISHED, row_statuses=statuses, weight=kept * best)
-
-    @property
-    def drift_by_default(self) -> bool:
-        """Whether any member's models are."""
-        return any(solver.drift_by_default for solver in self.solvers)
 
     def missing(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the members
         """Required libraries of any member that are not installed."""

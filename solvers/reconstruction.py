@@ -70,7 +70,6 @@ class Reconstruction(Solver):
     group: ClassVar[Group] = Group.WEIGHT_UPDATE
     layer_budget: ClassVar[bool] = True
     metric: ClassVar[bool] = True
-    drift_by_default: ClassVar[bool] = True
 
     damping: float = 1e-6
     method: str = "auto"
