@@ -36,12 +36,22 @@ def mean(values: Sequence[float | None]) -> float | None:
 def legend_below(canvas: Canvas, axes: Axes, columns: int = 3, title: str | None = None) -> None:
     """A legend under the plot, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
-    if max(map(len, labels), default=0) > LONG_LABEL:
-        columns = min(columns, 2)
+    columns = min(columns, len(labels))
+    while columns > 1 and _legend_width(labels, columns) > LEGEND_WIDTH:
+        columns -= 1
     if len(labels) > 1:
-        canvas.legend(
-            handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), title=title
-        )
+        canvas.legend(handles, labels, loc="outside lower center", ncols=columns, title=title)
+
+
+def _legend_width(labels: Sequence[str], columns: int) -> int:
+    """Characters beside each other in a legend, which is filled column by column, marks included."""
+    long, rest = divmod(len(labels), columns)
+    width = start = 0
+    for column in range(columns):
+        end = start + long + (column < rest)
+        width += max(len(label) for label in labels[start:end]) + MARK_WIDTH
+        start = end
+    return width
 
 
 def plain_log(axis: Axis, percent: bool = False) -> None:
@@ -51,8 +61,8 @@ def plain_log(axis: Axis, percent: bool = False) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%" if percent else f"{value:g}"))
 
 
-# Characters of a legend entry of which three do not fit beside each other.
-LONG_LABEL = 30
+# Characters that fit beside each other in a legend; how many a mark and the space around it take.
+LEGEND_WIDTH, MARK_WIDTH = 100, 6
 GAP_TICKS = (0.0, 0.1, 1.0, 10.0, 100.0)
 
 

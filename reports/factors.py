@@ -162,5 +162,9 @@ def _line_names(lines: Sequence[dict[str, list[ModelRecord]]], factor: Factor) -
             for value in [other.value(record)]
         ]
         parts.append([*known, *fitted, *others])
-    told = [i for i in range(len(parts[0])) if i < 3 or len({line[i] for line in parts}) > 1]
-    return [", ".join(line[i] for i in told if line[i]) for line in parts]
+    names = []
+    for line in parts:
+        alike = [other for other in parts if other[:3] == line[:3]]
+        told = [i for i in range(len(line)) if i < 3 or len({other[i] for other in alike}) > 1]
+        names.append(", ".join(line[i] for i in told if line[i]))
+    return names
