@@ -140,7 +140,7 @@ def factor_figure(models: Sequence[ModelRecord], factor: Factor) -> Figure | Non
         ("run", factor.title, "seeds", "calibration error", "held-out error", "perplexity", "1 - cosine"),
         tuple(rows),
         draw,
-        (7.4, 4.4),
+        (7.4, 4.4 + 0.2 * max(0, len(chosen) - 10)),  # room for the legend
     )
 
 

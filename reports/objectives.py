@@ -82,7 +82,9 @@ def objective_sections(models: Sequence[ModelRecord]) -> list[Section]:
         rows = _rows(chosen, runs)
         items: list[Table | Figure] = [_table(rows, updated)]
         for model in dict.fromkeys(row[0] for row in rows):
-            items.append(_figure(str(model), [row for row in rows if row[0] == model], updated))
+            # against calibration text and windows methods have a figure of their own (see ``factors``)
+            if len({(run.calibration, run.samples) for run in chosen if run.model == model}) == 1:
+                items.append(_figure(str(model), [row for row in rows if row[0] == model], updated))
         sections.append(Section(title, tuple(_text(rows)), tuple(items)))
     return sections
 
