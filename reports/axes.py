@@ -27,12 +27,6 @@ def numbers(rows: Sequence[Row], position: int) -> list[float]:
     return [float(cell) if isinstance(cell, int | float) else float("nan") for cell in cells]
 
 
-def mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the values that are known, None without any."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
 def legend_below(canvas: Canvas, axes: Axes, columns: int = 3, title: str | None = None) -> None:
     """A legend under the plot, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()

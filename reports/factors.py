@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import PercentFormatter
 
+from ..records import known_mean
 from ..study_records import ModelRecord
 from .ablations import INFINITE, show_swaps, swaps_allowed
-from .axes import legend_below, mean, numbers, plain_log, series
+from .axes import legend_below, numbers, plain_log, series
 from .figures import Figure
 from .palette import style
 from .study_data import pattern_name
@@ -79,10 +80,10 @@ def factor_figure(models: Sequence[ModelRecord], factor: Factor) -> Figure | Non
         if value is None:
             continue
         rest = tuple(pair for pair in factor_of(record) if pair[0] != factor.name)
-        fitted = (record.mode, *record.extras)
+        fitted = [record.fitted]
         if factor.name == "drift":
-            fitted = (record.allocation, str(record.refine), record.update)
-        key = (record.model, record.pattern, record.method, fitted, rest)
+            fitted = [record.allocation, str(record.refine), record.update]
+        key = (record.model, record.pattern, record.method, *fitted, rest)
         groups.setdefault(key, {}).setdefault(value, []).append(record)
     chosen = [members for members in groups.values() if len(members) > 1]
     if not chosen:
@@ -100,10 +101,10 @@ def factor_figure(models: Sequence[ModelRecord], factor: Factor) -> Figure | Non
                     name,
                     value,
                     len(records),
-                    mean([record.error for record in records]),
-                    mean([record.held_out_error for record in records]),
-                    mean([record.perplexity for record in records]),
-                    mean([None if record.cosine is None else 1 - record.cosine for record in records]),
+                    known_mean([record.error for record in records]),
+                    known_mean([record.held_out_error for record in records]),
+                    known_mean([record.perplexity for record in records]),
+                    known_mean([None if record.cosine is None else 1 - record.cosine for record in records]),
                 )
             )
 

@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 from scipy import stats
 
+from ..records import known_mean
 from ..study_records import ModelRecord
-from .axes import legend_below, mean, numbers, plain_log, series
+from .axes import legend_below, numbers, plain_log, series
 from .figures import Figure
 from .model_results import quality
 from .page import Section
@@ -123,7 +124,7 @@ def _rows(runs: Sequence[_Runs], everything: Sequence[_Runs]) -> list[Row]:
                 *quality_interval,
                 *change,
                 float(np.mean([record.error or 0.0 for record in records])),
-                mean([record.held_out_error for record in records]),
+                known_mean([record.held_out_error for record in records]),
                 float(np.mean([record.seconds for record in records])),
                 max(record.peak_memory_mb for record in records),
                 next((record.perplexity_dense for record in records), None),

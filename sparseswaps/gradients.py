@@ -9,7 +9,7 @@ distribution and not of the data's labels (K-FAC: Martens and Grosse, ICML 2015,
 - encoders without a head: ``Σ ⟨v, z⟩`` over tokens with ``z`` the normalised last hidden state and ``v``
   standard normal, whose gradient's second moment is the Gauss-Newton matrix of ``Σ ½‖z - z'‖²``. The same of
   each window's mean hidden state, which the cosine of embeddings measures, would be one sample per window
-  instead of one per token: too few for a good metric, and a refinement fits them without a better model.
+  instead of one per token.
 
 Weights carry no gradients, and of each block only its inputs are kept until the backward pass
 recomputes it (activation checkpointing), so the memory beside the moments is one block's.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -64,6 +64,12 @@ class LayerRecord:
     seconds: float
     fallback: str = ""
     drift: float = 0.0
+
+
+def known_mean(values: Sequence[float | None]) -> float | None:
+    """Mean of the fields of some records that are known, None without any."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from .objective import SEARCH_DEFAULT, Objective
 from .pipeline import Mode, Progress, Silent, check_options, prune_layers
 from .prune_report import PruneReport, peak_memory_mb, versions
 from .quality import model_embeddings, model_perplexity
-from .records import LayerRecord
+from .records import LayerRecord, known_mean
 from .refinement import check_refinement, refine_masks
 from .saving import check_folder, dense_weights, hash_of_all, run_record, save_run
 from .solvers import Group, OneSwap, Solver, Wanda
@@ -315,7 +315,7 @@ def prune(
             layers=finished,
             error_start=sum(layer.error_start for layer in finished) / len(finished),
             error=sum(layer.error for layer in finished) / len(finished),
-            held_out_error=_mean([layer.held_out_error for layer in finished]),
+            held_out_error=known_mean([layer.held_out_error for layer in finished]),
             sparsity=_pruned_share(finished),
             seconds=time.perf_counter() - begin,
             seconds_layers=sum(layer.seconds for layer in finished),
@@ -417,12 +417,6 @@ def _spread(windows: Tensor, count: int) -> Tensor:
     if len(windows) <= count:
         return windows
     return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the values that are there, None without any."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _pruned_share(layers: Sequence[LayerRecord]) -> float:
