@@ -1,6 +1,7 @@
 """Studies end with the same rows however often they are killed, and limits hold for native code."""
 
 import csv
+import ctypes
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -18,9 +20,9 @@ from sparseswaps.problems.pattern import LayerBudget
 from sparseswaps.solvers import RIA, OneSwap, solve
 from sparseswaps.study import StudyDatabase, build_report, export, merge, parse_study, plan_units, run_study
 from sparseswaps.study.database import process_id
-from sparseswaps.study.execute import failed
+from sparseswaps.study.execute import execute, failed
 from sparseswaps.study.layer_bounds import BoundedSolver
-from sparseswaps.study.supervisor import close_child, run_unit
+from sparseswaps.study.supervisor import close_child, resident_mb, run_unit
 
 VALUES = {
     "name": "small",
@@ -237,6 +239,27 @@ def test_the_memory_limit_holds_for_native_code(tmp_path, monkeypatch):
     assert record.status == "memory_limit"
     assert "expected at most 1500 MB" in record.failure
     assert 1500 < record.peak_memory_mb < 6000  # what it takes in one look at it, on a busy machine
+
+
+def _left_in_the_heap(count=6000, size=1 << 16):
+    """Take memory in pieces too small for mappings of their own and free all but the last, which pins the rest."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    pieces = [ctypes.c_void_p(libc.malloc(size)) for _ in range(count)]
+    for piece in pieces:
+        libc.memset(piece, 1, size)
+    for piece in pieces[:-1]:
+        libc.free(piece)
+    return count * size / 1e6
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this C library has no malloc_trim")
+def test_the_peak_memory_of_a_unit_leaves_out_what_an_earlier_one_freed():
+    unit = plan_units(parse_study(VALUES))[0]
+    freed = _left_in_the_heap()
+    resident = resident_mb(os.getpid())
+    record = execute(unit.unit, "small", unit.spec, Path()).record
+    assert record.peak_memory_mb < resident - 0.8 * freed  # the unit itself takes a few MB
 
 
 def test_a_crash_is_recorded_with_its_signal(tmp_path, monkeypatch):
