@@ -242,7 +242,7 @@ def test_the_memory_limit_holds_for_native_code(tmp_path, monkeypatch):
 
 
 def _left_in_the_heap(count=6000, size=1 << 16):
-    """Take memory in pieces too small for mappings of their own; free all but the last, which pins the rest."""
+    """Take memory in pieces too small for mappings of their own; free all but the last, which pins them."""
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
     pieces = [ctypes.c_void_p(libc.malloc(size)) for _ in range(count)]
