@@ -352,10 +352,15 @@ class _Job:
         for layer in todo:
             self.progress.layer_started(layer.name)
         tried: list[tuple[float, list[Solved | None]]] = []
+        alone = dict.fromkeys((layer.name for layer in todo), 0.0)  # seconds of its own solver
         own = {layer.name: None if moments is None else moments.take(layer.name) for layer in todo}
         strengths = self.objective.strengths() if calibration.has_drift else (0.0,)
         for strength in strengths:
-            found = [self.solving.solve(layer, leader, sums, own[layer.name], strength) for layer in todo]
+            found = []
+            for layer in todo:
+                started = time.perf_counter()
+                found.append(self.solving.solve(layer, leader, sums, own[layer.name], strength))
+                alone[layer.name] += time.perf_counter() - started
             loss = 0.0
             if outputs is not None and len(strengths) > 1:
                 before = [layer.weight.clone() for layer in todo]
@@ -368,8 +373,9 @@ class _Job:
                     layer.write(weight)
             tried.append((loss, found))
         best = self.ranks.from_first(lambda: min(range(len(tried)), key=lambda i: tried[i][0]))
-        seconds = (time.perf_counter() - begin) / len(todo)
+        shared = (time.perf_counter() - begin - sum(alone.values())) / len(todo)
         for layer, solved in zip(todo, tried[best][1], strict=True):
+            seconds = alone[layer.name] + shared
             self._finish(layer, solved, calibration.tokens, sums.held_out.get(leader), seconds)
 
     def _is_known(self, layer: PrunableLayer) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,24 @@ def test_the_record_holds_the_run(dense: Path, arguments: dict, tmp_path: Path) 
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", MASK_FILE, RECORD_FILE, "tokenizer.json"} <= files
     assert not any(name.startswith((".partial", RECORD_FILE + "-")) for name in files)
+
+
+class SlowGate(ss.Solver):
+    """Wanda, half a second later where the layer is a gate."""
+
+    name = "slow-gate"
+    group = ss.Group.SCORE
+
+    def run(self, problem: ss.LayerProblem, init: torch.Tensor | None, budget: ss.Budget) -> ss.Outcome:
+        time.sleep(0.5 * problem.name.endswith("gate_proj"))
+        return ss.Wanda().run(problem, init, budget)
+
+
+def test_layers_that_share_their_inputs_have_seconds_of_their_own(dense: Path, arguments: dict) -> None:
+    layers = {layer.name: layer for layer in prune(dense, **arguments, solver=SlowGate()).layers}
+    gate, up = layers["model.layers.0.mlp.gate_proj"], layers["model.layers.0.mlp.up_proj"]
+    assert 0 < up.seconds < gate.seconds
+    assert gate.seconds >= 0.5
 
 
 def test_layer_errors_are_those_of_the_raw_activations(dense: Path, arguments: dict) -> None:

@@ -373,7 +373,7 @@ def test_layers_of_whole_models_are_bounded_where_asked(tmp_path):
         assert 0 <= found.bound <= found.objective
         # the same mask on the same inputs, as the pipeline scored it
         assert found.objective == pytest.approx(layer.objective * layer.output_norm, rel=1e-9)
-        assert layer.seconds >= 0
+        assert layer.seconds > 0  # though layers of one group take their turns, and bounds take longest
     assert bounded.solver == plain.solver
     assert bounded.seconds_layers < bounded.seconds
     # merging and exporting keep them
