@@ -13,6 +13,10 @@ channel's scale matters. Two ways to solve it, both batched over rows in float64
 - **Cholesky** factors of ``R_KK + λ I``, one per row: ``Σ |K|³ / 3`` operations.
 - **Conjugate gradients** (Hestenes and Stiefel, 1952) on all rows at once, preconditioned with the diagonal
   of ``G``, which is what scaling to ``R`` does: one product (rows, cols) x (cols, cols) per iteration.
+
+Under an output metric S the rows are coupled: ``P_K (S A R + λ diag(S) A) = -P_K S (A⁰ R + B)``, ``P_K``
+keeping the kept entries of a layer. There conjugate gradients are preconditioned with ``P_K (S + ε I)⁻¹``,
+which is the inverse of what S does where nothing is pruned and R is the identity.
 """
 
 from __future__ import annotations
@@ -30,6 +34,9 @@ FACTOR_ENTRIES = 1 << 25
 # A row whose matrix cannot be factored is tried with ten times the damping, up to this one. A valid Gram
 # matrix has no eigenvalue of corr(G) below -1e-4, so that a thousand times as much always suffices.
 SMALLEST_DAMPING, LARGEST_DAMPING = 1e-8, 0.1
+
+# Share of the mean diagonal of an output metric that is added to it before it preconditions.
+PRECONDITIONER_SHIFT = 1e-2
 
 
 class KeptSolve(NamedTuple):
@@ -170,6 +177,80 @@ def by_conjugate_gradients(
     found[left] = lost
     dampings = torch.full_like(sizes, damping)
     return KeptSolve(found, iterations, sizes, dampings, sizes <= tolerance)
+
+
+class CoupledSolve(NamedTuple):
+    """What became of a layer whose rows are coupled.
+
+    Attributes:
+        lost: ``A`` (rows, cols) on kept weights, 0 elsewhere, float64.
+        iterations: of conjugate gradients.
+        residual: of the normal equations, relative to their right-hand side.
+    """
+
+    lost: Tensor
+    iterations: int
+    residual: float
+
+
+def coupled_by_conjugate_gradients(
+    metric: Tensor,
+    correlation: Tensor,
+    drift: Tensor | None,
+    kept: Tensor,
+    damping: float,
+    start: Tensor,
+    tolerance: float,
+    max_iterations: int,
+    deadline: float,
+) -> CoupledSolve:
+    """Solve all rows of a layer under an output metric; every iteration lowers the layer's damped error.
+
+    Args:
+        metric: ``S`` (rows, rows), float64.
+        correlation: ``R`` (cols, cols), float64.
+        drift: ``B`` (rows, cols), float64, None without.
+        kept: K (rows, cols), bool; live channels only.
+        damping: λ.
+        start: the lost part ``A`` (rows, cols), float64: fixed where it is pruned, a first guess elsewhere.
+        tolerance: relative residual at which the layer is done.
+        max_iterations: the most iterations.
+        deadline: when to stop, on ``time.monotonic()``.
+    """
+    diagonal = metric.diagonal()[:, None]
+    share = PRECONDITIONER_SHIFT * float(diagonal.mean())
+    inverse = torch.cholesky_inverse(
+        torch.linalg.cholesky(
+            metric + share * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+        )
+    )
+
+    def product(lost: Tensor) -> Tensor:
+        return (metric @ (lost @ correlation) + damping * diagonal * lost).mul_(kept)
+
+    fixed = start.masked_fill(kept, 0) @ correlation
+    right = -(metric @ (fixed if drift is None else fixed + drift)).mul_(kept)
+    lost = start * kept
+    residual = right - product(lost)
+    scale = float(right.norm()) or 1.0
+    size = float(residual.norm()) / scale
+    better = (inverse @ residual).mul_(kept)
+    direction, squared = better, (residual * better).sum()
+    done = 0
+    while done < max_iterations and size > tolerance and time.monotonic() < deadline:
+        moved = product(direction)
+        curvature = (direction * moved).sum()
+        if not bool(curvature > 0):  # no curvature is left but that of rounding
+            break
+        step = squared / curvature
+        lost += step * direction
+        residual -= step * moved
+        done += 1
+        size = float(residual.norm()) / scale
+        better = (inverse @ residual).mul_(kept)
+        before, squared = squared, (residual * better).sum()
+        direction = better + squared / before * direction
+    return CoupledSolve(lost, done, size)
 
 
 def _product(correlation: Tensor, lost: Tensor, kept: Tensor, damping: float) -> Tensor:

@@ -12,10 +12,9 @@ w where the mask prunes, that is ``lᵀ G l + 2 hᵀ l`` up to a constant, and i
 (the exact update of which SparseGPT, Frantar and Alistarh, ICML 2023, section 3.1, and ADMM, Boža, TMLR 2024,
 section 3, are approximations). ``least_squares`` says how they are solved.
 
-Output metric: under ``tr(S E Eᵀ)`` row i sees the others' errors in its linear term,
-``h_i + Σ_{j≠i} (S_ij / S_ii) P_j`` (see ``row_sweeps``), so that sweeps over the rows, each solved exactly,
-are block Gauss-Seidel on the normal equations of ``S ⊗ G``: they never raise the layer's error, and without
-limit they end at the coupled least squares.
+Output metric: under ``tr(S E Eᵀ)`` the rows are coupled, and the normal equations are those of ``S ⊗ G`` on
+all kept weights of the layer. They are solved at once, from the rows' own least squares on, by conjugate
+gradients that know S (``least_squares``); every iteration lowers the layer's error.
 """
 
 from __future__ import annotations
@@ -30,16 +29,13 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..problems.layer import LayerProblem
-from ..problems.metric import CoupledErrors
 from .base import Budget, Group, Outcome, Solver, Status
-from .least_squares import KeptSolve, by_cholesky, by_conjugate_gradients
+from .least_squares import KeptSolve, by_cholesky, by_conjugate_gradients, coupled_by_conjugate_gradients
 from .scores import warm_start
 
 METHODS = ("auto", "cholesky", "conjugate-gradients")
 # Weights of the rows that are solved at once: six float64 tensors of this size are alive.
 BATCH_WEIGHTS = 1 << 23
-# A sweep that lowers the coupled error by less than this share of it is the last.
-SWEEP_TOLERANCE = 1e-9
 
 
 @final
@@ -58,12 +54,12 @@ class Reconstruction(Solver):
         tolerance: relative residual at which conjugate gradients stop.
         max_iterations: the most iterations of conjugate gradients; rows that need more have the status
             ``iteration_limit``.
-        sweeps: under an output metric, the most sweeps over the rows; fewer when the error stops falling.
-        batches: under an output metric, a sweep solves its rows in so many batches (at least one row each).
+        coupled_iterations: under an output metric, the most iterations of conjugate gradients on all rows at
+            once. More lower the layer's error further; the model was no better for it (stories260K).
 
     Stats per row, of its last solve: ``iterations`` of conjugate gradients, relative ``residual`` of the
     normal equations, ``damping`` (a row whose matrix cannot be factored gets ten times as much until it
-    can), ``unchanged``; under an output metric ``sweeps``, how many were made.
+    can), ``unchanged``; under an output metric ``coupled_iterations`` and ``coupled_residual`` of the layer.
     """
 
     name: ClassVar[str] = "reconstruction"
@@ -76,8 +72,7 @@ class Reconstruction(Solver):
     cholesky_cols: int = 256
     tolerance: float = 1e-6
     max_iterations: int = 500
-    sweeps: int = 3
-    batches: int = 64
+    coupled_iterations: int = 50
 
     def __post_init__(self) -> None:
         if not 0 <= self.damping <= 1:
@@ -88,7 +83,7 @@ class Reconstruction(Solver):
             )
         if not 0 < self.tolerance < 1:
             raise InputError(f"tolerance is a share: expected 0 < tolerance < 1, found {self.tolerance:g}")
-        for name in ("max_iterations", "sweeps", "batches"):
+        for name in ("max_iterations", "coupled_iterations"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is a count: expected at least 1, found {getattr(self, name)}")
 
@@ -104,7 +99,7 @@ class Reconstruction(Solver):
             lost[rows] = solver.solve(alone.slice_rows(rows), mask[rows], lost[rows], rows)
             budget.report(int(rows[-1]) + 1, problem.rows)
         if problem.metric is not None:
-            lost = solver.sweep(problem, mask, lost)
+            lost = solver.together(problem, problem.metric, mask, lost)
         weight = (dense - lost).masked_fill(~mask, 0).to(problem.weight.dtype)
         weight = _never_worse(problem, mask, weight, solver.stats)
         statuses = solver.statuses()
@@ -159,33 +154,31 @@ class _Rows:
             self._deadline,
         )
 
-    def sweep(self, problem: LayerProblem, mask: Tensor, alone: Tensor) -> Tensor:
-        """Lost weight (rows, cols) after sweeps over the rows under the output metric.
+    def together(self, problem: LayerProblem, metric: Tensor, mask: Tensor, alone: Tensor) -> Tensor:
+        """Lost weight (rows, cols) of all rows under an output metric (rows, rows).
 
-        They start at the rows' own least squares ``alone``, or at the mask alone where that is better.
+        It starts at the rows' own least squares ``alone``, or at the mask alone where that is better.
         """
         dense = problem.weight.double()
         starts = [alone, dense.masked_fill(mask, 0)]
         best = min(starts, key=lambda lost: problem.objective(mask, dense - lost))
-        errors = CoupledErrors(problem, best)
-        order = torch.arange(problem.rows, device=problem.device)
-        error = problem.objective(mask, dense - errors.lost)
-        for done in range(1, self._options.sweeps + 1):
-            for rows in order.tensor_split(min(self._options.batches, problem.rows)):
-                self._improve(errors, mask, rows)
-            self.stats["sweeps"].fill_(done)
-            before, error = error, problem.objective(mask, dense - errors.lost)
-            if error >= before * (1 - SWEEP_TOLERANCE) or time.monotonic() >= self._deadline:
-                break
-        return errors.lost
-
-    def _improve(self, errors: CoupledErrors, mask: Tensor, rows: Tensor) -> None:
-        """Solve some rows, the others standing still; in halves where they get in each other's way."""
-        part = errors.rows_alone(rows)
-        found = self.solve(part, mask[rows], errors.lost[rows], rows)
-        if not errors.try_lost(rows, found) and len(rows) > 1:
-            for half in rows.tensor_split(2):
-                self._improve(errors, mask, half)
+        live = mask & ~problem.gram.dead
+        found = coupled_by_conjugate_gradients(
+            metric,
+            self._correlation,
+            problem.scaled_drift,
+            live,
+            self._options.damping,
+            best * problem.gram.scale,
+            self._options.tolerance,
+            self._options.coupled_iterations,
+            self._deadline,
+        )
+        self.stats["coupled_iterations"].fill_(found.iterations)
+        self.stats["coupled_residual"].fill_(found.residual)
+        if time.monotonic() >= self._deadline:
+            self.stats["late"].fill_(int(found.residual > self._options.tolerance))
+        return torch.where(live, found.lost / problem.gram.scale.clamp_min(1e-300), best)
 
     def statuses(self) -> Sequence[Status]:
         """Why each row stopped."""
@@ -202,11 +195,10 @@ def _batches(problem: LayerProblem) -> tuple[Tensor, ...]:
 
 
 def _empty_stats(problem: LayerProblem) -> dict[str, Tensor]:
-    counts = ["iterations", "unchanged", "late", "short"] + ["sweeps"] * (problem.metric is not None)
-    stats = {
-        name: torch.zeros(problem.rows, dtype=torch.float64, device=problem.device)
-        for name in ("residual", "damping")
-    }
+    reals = ["residual", "damping"] + ["coupled_residual"] * (problem.metric is not None)
+    counts = ["iterations", "unchanged", "late", "short"]
+    counts += ["coupled_iterations"] * (problem.metric is not None)
+    stats = {name: torch.zeros(problem.rows, dtype=torch.float64, device=problem.device) for name in reals}
     for name in counts:
         stats[name] = torch.zeros(problem.rows, dtype=torch.int64, device=problem.device)
     return stats
