@@ -17,8 +17,7 @@ least squares on its mask, and so on until no weight moves: no step raises the e
 swap-inescapable minima of best subset selection (Hazimeh and Mazumder, *Operations Research* 68, 2020), in
 whose swaps the restored weight alone is optimised as well.
 
-Output metric: P becomes ``S P`` and the value ``(S P)_ij / (S_ii G_jj)``; search and least squares sweep over
-rows.
+Output metric: P becomes ``S P`` and the value ``(S P)_ij / (S_ii G_jj)``; the search sweeps over rows.
 """
 
 from __future__ import annotations

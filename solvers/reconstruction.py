@@ -55,7 +55,8 @@ class Reconstruction(Solver):
         max_iterations: the most iterations of conjugate gradients; rows that need more have the status
             ``iteration_limit``.
         coupled_iterations: under an output metric, the most iterations of conjugate gradients on all rows at
-            once. More lower the layer's error further; the model was no better for it (stories260K).
+            once; a layer that needs more has the status ``iteration_limit``. More lower the layer's error
+            further (``benchmarks/least_squares.py``).
 
     Stats per row, of its last solve: ``iterations`` of conjugate gradients, relative ``residual`` of the
     normal equations, ``damping`` (a row whose matrix cannot be factored gets ten times as much until it
@@ -176,8 +177,9 @@ class _Rows:
         )
         self.stats["coupled_iterations"].fill_(found.iterations)
         self.stats["coupled_residual"].fill_(found.residual)
-        if time.monotonic() >= self._deadline:
-            self.stats["late"].fill_(int(found.residual > self._options.tolerance))
+        short = int(found.residual > self._options.tolerance)
+        self.stats["short"].fill_(short)
+        self.stats["late"].fill_(short * (time.monotonic() >= self._deadline))
         return torch.where(live, found.lost / problem.gram.scale.clamp_min(1e-300), best)
 
     def statuses(self) -> Sequence[Status]:

@@ -176,6 +176,8 @@ def test_iterations_end_at_the_coupled_least_squares() -> None:
             # float32 products in the Gram and float32 weights, each 1e-6 of the weighed target
             assert solution.objective == pytest.approx(ours, abs=2e-6 * (wanted**2).sum())
             errors.append(ours)
+            done = float(solution.stats["coupled_residual"][0]) <= 1e-9
+            assert solution.status is (ss.Status.FINISHED if done else ss.Status.ITERATION_LIMIT)
         assert errors == sorted(errors, reverse=True)
         assert errors[0] < start.objective
         assert best * (1 - 1e-9) <= errors[-1] <= best + 2e-6 * (wanted**2).sum()
