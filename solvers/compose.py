@@ -92,6 +92,13 @@ class Sequence(Solver):
         return " → ".join(repr(solver) for solver in self.solvers)
 
 
+def without_weight_updates(solver: Solver) -> Solver:
+    """What chooses the masks: of a sequence the members that keep weights, any other solver itself."""
+    members = solver.solvers if isinstance(solver, Sequence) else ()
+    choosing = [member for member in members if member.group is not Group.WEIGHT_UPDATE]
+    return Sequence(*choosing) if choosing else solver
+
+
 @final
 @dataclass(frozen=True, init=False, repr=False)
 class BestOf(Solver):

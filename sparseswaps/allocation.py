@@ -5,7 +5,9 @@ is chosen per layer so that the sum is smallest while at least the asked share o
 pruned: a multiple-choice knapsack (Kellerer, Pferschy and Pisinger, *Knapsack Problems*, 2004, chapter 11),
 solved exactly by HiGHS. The error is ``½ tr(S E Eᵀ) / tokens`` with the second moment ``S`` of the loss
 gradients (see ``gradients``), the quadratic model of what pruning this layer alone adds to the loss of the
-windows; where a layer has none, its relative error brought to the mean of the others.
+windows; where a layer has none, its relative error brought to the mean of the others. Kept weights are the
+dense ones also where a solver updates them: curves after updates take long, for models no better
+(stories260K).
 
 *owl* (Yin et al., *Outlier Weighed Layerwise Sparsity*, ICML 2024, section 3): blocks with more outliers
 among their Wanda scores ``|w_ij| ‖X_j‖``, larger than ``M`` times the layer's mean, are pruned less, by at
@@ -32,6 +34,7 @@ from .pipeline import layer_problems
 from .problems import LayerProblem
 from .problems.pattern import SparsityPattern, parse_pattern
 from .solvers import Solver, Wanda, solve
+from .solvers.compose import without_weight_updates
 from .store import TensorStore
 
 # Levels of the knapsack around the mean sparsity; the quadratic model says little farther away.
@@ -90,6 +93,7 @@ def allocate(
     relative: set[str] = set()
     moments = None
     levels = sparsity_levels(sparsity)
+    solver = without_weight_updates(solver)
     if rule is Allocation.KNAPSACK:
         batch_size = gradient_batch_size_for(calibration.shape[1])
         moments = Moments(model, blocks, calibration, batch_size, store or TensorStore())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import sparseswaps as ss
 from sparseswaps.activations import Stream, can_skip, residual_writers
 from sparseswaps.allocation import (
     Allocation,
+    allocate,
     check_allocation,
     knapsack,
     outlier_share,
@@ -330,6 +332,30 @@ def test_allocated_models_keep_the_budget(rule: Allocation, tmp_path: Path) -> N
     assert report.sparsity >= 0.5 - 1e-12
     sparsities = {layer.sparsity for layer in report.layers}
     assert (len(sparsities) == 1) == (rule is Allocation.UNIFORM)
+
+
+def test_knapsack_measures_masks_alone() -> None:
+    """A solver that updates weights gets the levels of its mask search, without an update per level."""
+    model = tiny_models.build("llama")
+    windows = tiny_models.tokens(256).view(8, 32)
+    blocks = find_blocks(model)
+    updates: list[str] = []
+
+    @dataclass(frozen=True)
+    class Update(ss.Solver):
+        name: ClassVar[str] = "update"
+        group: ClassVar[ss.Group] = ss.Group.WEIGHT_UPDATE
+
+        def run(self, problem: ss.LayerProblem, init: torch.Tensor | None, budget: ss.Budget) -> ss.Outcome:
+            updates.append(problem.name)
+            return ss.Reconstruction().run(problem, init, budget)
+
+    chosen = [
+        allocate(model, blocks, "0.5", windows, Allocation.KNAPSACK, solver)
+        for solver in (ss.OneSwap(), ss.Sequence(ss.OneSwap(), Update()), ss.Sequence(Update()))
+    ]
+    assert chosen[0] == chosen[1]
+    assert len(updates) == len(chosen[0]) * len(sparsity_levels(0.5))  # of the last solver alone
 
 
 def test_rows_stop_where_held_out_data_say_so() -> None:
