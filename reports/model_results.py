@@ -321,8 +321,14 @@ def _agreement_text(table: Table) -> str:
 
 
 def _map(model: str, models: Sequence[ModelRecord], layers: Sequence[ModelLayer]) -> Figure | None:
-    """Heat map of the runs on the most common pattern, from the largest to the smallest error."""
-    models = main_runs(models)
+    """Heat map of the runs on the most common pattern, from the largest to the smallest error.
+
+    Runs without rows of layers are left out; None if no run has any.
+    """
+    known = {layer.unit for layer in layers}
+    models = [record for record in main_runs(models) if record.unit in known]
+    if not models:
+        return None
     names = variant_names(models)
     patterns = [record.pattern for record in models]
     pattern = max(dict.fromkeys(patterns), key=patterns.count)
@@ -338,8 +344,6 @@ def _map(model: str, models: Sequence[ModelRecord], layers: Sequence[ModelLayer]
         for layer in layers
         if layer.unit in labels
     ]  # fmt: skip
-    if not rows:
-        return None
     stem = file_stem(model)
     return layer_error_map(
         list(labels.values()),

@@ -150,6 +150,20 @@ def test_certified_gaps_of_whole_models_by_hand(report):
     assert "Certified gaps of whole models" not in titles
 
 
+def test_the_map_of_layers_is_of_the_runs_whose_layers_are_known(report):
+    from sparseswaps.reports.model_results import model_sections
+
+    drawn = {row[0] for row in read(report / "figures" / "layers-model-a.csv")[1:]}
+    assert "Wanda, sequential" in drawn
+    rows = study_rows()
+    layers = [layer for layer in rows.layers if not layer.unit.endswith("-0")]  # without those of Wanda
+    sections = {section.title: section for section in model_sections(rows.models, layers)}
+    panels = {row[0] for row in sections["Layers"].items[0].rows}
+    assert len(panels) == len(drawn)
+    assert "Wanda, sequential" not in panels
+    assert "Layers" not in {section.title for section in model_sections(rows.models, [])}
+
+
 def test_the_text_is_computed_from_the_rows(report):
     page = (report / "index.html").read_text()
     assert "16 of 36 matrix rows" not in page
