@@ -288,7 +288,7 @@ def layer_error_map(
                 table[kind_names.index(str(row[2]))][block_names.index(int(block))] = error
             image = axes.imshow(table, norm=scale, cmap=HEAT, aspect="auto", interpolation="nearest")
             axes.grid(visible=False)
-            axes.set_title(textwrap.fill(label, 34), loc="left")
+            axes.set_title(textwrap.fill(label, 28), loc="left")
             axes.set_yticks(range(len(kind_names)), kind_names)
             step = max(1, math.ceil(len(block_names) / 12))
             axes.set_xticks(range(0, len(block_names), step), [str(block) for block in block_names[::step]])

@@ -326,7 +326,7 @@ def _map(model: str, models: Sequence[ModelRecord], layers: Sequence[ModelLayer]
     Runs without rows of layers are left out; None if no run has any.
     """
     known = {layer.unit for layer in layers}
-    models = [record for record in main_runs(models) if record.unit in known]
+    models = main_runs([record for record in models if record.unit in known])
     if not models:
         return None
     names = variant_names(models)

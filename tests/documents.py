@@ -27,8 +27,9 @@ def blocks(text: str, *languages: str) -> list[tuple[str, str]]:
 
 
 def commands(content: str) -> list[str]:
-    """The lines of a shell block that call sparseswaps."""
-    return [line for line in content.splitlines() if line.startswith("sparseswaps")]
+    """The lines of a shell block that call sparseswaps, each in one piece."""
+    lines = re.sub(r"\\\n\s*", "", content).splitlines()
+    return [line for line in lines if line.startswith("sparseswaps")]
 
 
 def make_home(folder: Path) -> None:

@@ -93,7 +93,7 @@ def test_engineer(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         monkeypatch,
         more={"sparseswaps zero-shot pruned --out zero-shot.json": " --tasks my_task --task-path my_tasks"},
     )
-    assert ran == 3 + 1 + 2 + 1 + 3 + 1 + 1 + 2 + 2
+    assert ran == 3 + 1 + 2 + 2 + 3 + 1 + 1 + 2 + 2
     score = json.loads((home / "zero-shot.json").read_text())["scores"][0]
     assert (score["task"], score["questions"]) == ("my_task", len(questions))
     assert "tuned-and-pruned" in capsys.readouterr().out
