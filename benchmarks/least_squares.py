@@ -25,11 +25,11 @@ from output import publish
 
 import sparseswaps as ss
 from sparseswaps.calibration import calibration_windows
-from sparseswaps.demo import MODEL
 from sparseswaps.gradients import gradient_moments
 from sparseswaps.loading import load_model
 from sparseswaps.models import find_blocks
 from sparseswaps.solvers import least_squares
+from sparseswaps.study.problems import resolve_model
 
 ITERATIONS = (10, 50, 200)
 CONVERGED = 3000
@@ -39,7 +39,7 @@ UNKNOWING = 1e9
 
 def layers(model: str, text: str, block: int) -> Iterator[ss.LayerProblem]:
     """The layers of a block with their output metric."""
-    loaded = load_model(model)
+    loaded = load_model(resolve_model(model, Path.cwd()))
     blocks = find_blocks(loaded.model)
     windows = calibration_windows(text, loaded.tokenizer, 32, 256).tokens
     moments = gradient_moments(loaded.model, blocks, windows, 8)
@@ -61,13 +61,13 @@ def timed(problem: ss.LayerProblem, mask: torch.Tensor, iterations: int) -> tupl
 def main() -> None:
     """Print one line per layer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(MODEL))
+    parser.add_argument("--model", default="demo")
     parser.add_argument("--text", default="stdlib")
     parser.add_argument("--block", type=int, default=1)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     lines = [
-        f"{options.model if options.model != str(MODEL) else 'demo model'}, block {options.block}, "
+        f"{options.model}, block {options.block}, "
         f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {torch.get_num_threads()} threads.",
         "",
         "| layer | rows × cols | rows alone | "

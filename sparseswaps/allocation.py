@@ -6,8 +6,7 @@ pruned: a multiple-choice knapsack (Kellerer, Pferschy and Pisinger, *Knapsack P
 solved exactly by HiGHS. The error is ``½ tr(S E Eᵀ) / tokens`` with the second moment ``S`` of the loss
 gradients (see ``gradients``), the quadratic model of what pruning this layer alone adds to the loss of the
 windows; where a layer has none, its relative error brought to the mean of the others. Kept weights are the
-dense ones also where a solver updates them: curves after updates take long, for models no better
-(stories260K).
+dense ones also where a solver updates them: curves after updates take long.
 
 *owl* (Yin et al., *Outlier Weighed Layerwise Sparsity*, ICML 2024, section 3): blocks with more outliers
 among their Wanda scores ``|w_ij| ‖X_j‖``, larger than ``M`` times the layer's mean, are pruned less, by at
@@ -75,7 +74,7 @@ def allocate(
         pattern: the mean sparsity of the whole model, ``0.5`` or ``50%``.
         calibration: token windows (windows, length).
         rule: how the budget is spread.
-        solver: measures the error curves of the knapsack.
+        solver: measures the error curves of the knapsack, without the weight updates of a sequence.
         report: called with (layers done, layers in all).
         residence: where the blocks' weights are; in the model by default.
         store: keeps the moments of output gradients; main memory by default.
@@ -93,7 +92,7 @@ def allocate(
     relative: set[str] = set()
     moments = None
     levels = sparsity_levels(sparsity)
-    solver = without_weight_updates(solver)
+    search = without_weight_updates(solver)
     if rule is Allocation.KNAPSACK:
         batch_size = gradient_batch_size_for(calibration.shape[1])
         moments = Moments(model, blocks, calibration, batch_size, store or TensorStore())
@@ -103,7 +102,7 @@ def allocate(
             shares[problem.name] = outlier_share(problem)
         else:
             moment = None if moments is None else moments.take(problem.name)
-            curves[problem.name] = error_curve(problem, levels, solver, moment)
+            curves[problem.name] = error_curve(problem, levels, search, moment)
             if moment is None:
                 relative.add(problem.name)
         if report:

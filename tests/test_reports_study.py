@@ -13,6 +13,7 @@ import pytest
 from study_rows import FAILED, study_rows
 
 from sparseswaps.reports import Figure
+from sparseswaps.reports.model_results import model_sections
 from sparseswaps.reports.study_data import StudyData
 from sparseswaps.reports.study_report import write_study_report
 from sparseswaps.study_records import StudyRows
@@ -144,15 +145,11 @@ def test_certified_gaps_of_whole_models_by_hand(report):
     page = (report / "index.html").read_text()
     assert "leaves in a layer on average, from 25.0% (up_proj) to 50.0% (q_proj)" in page
     without = replace(study_rows(), bounds=())
-    from sparseswaps.reports.model_results import model_sections
-
     titles = [section.title for section in model_sections(without.models, without.layers, without.bounds)]
     assert "Certified gaps of whole models" not in titles
 
 
 def test_the_map_of_layers_is_of_the_runs_whose_layers_are_known(report):
-    from sparseswaps.reports.model_results import model_sections
-
     drawn = {row[0] for row in read(report / "figures" / "layers-model-a.csv")[1:]}
     assert "Wanda, sequential" in drawn
     rows = study_rows()
@@ -177,8 +174,6 @@ def test_the_text_is_computed_from_the_rows(report):
     ]
     data = replace(rows, models=tuple(r for r in better if r.model == "model A"))
     assert data.models
-    from sparseswaps.reports.model_results import model_sections
-
     text = " ".join(p for section in model_sections(data.models, data.layers) for p in section.text)
     assert "pairs the run with the smaller layer error is also the better model" in text
     assert "They disagree" not in text
