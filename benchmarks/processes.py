@@ -25,9 +25,9 @@ import transformers
 from output import publish
 
 import sparseswaps as ss
-from sparseswaps.distributed import Ranks
-from sparseswaps.models import find_blocks
-from sparseswaps.pipeline import prune_layers
+from sparseswaps.models.blocks import find_blocks
+from sparseswaps.pruning.pipeline import prune_layers
+from sparseswaps.ranks import Ranks
 
 
 def build(hidden: int, blocks: int) -> torch.nn.Module:

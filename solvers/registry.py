@@ -8,25 +8,25 @@ import types
 import typing
 
 from ..errors import InputError
-from .additive_swap import AdditiveSwap
-from .admm import ADMM
-from .alternating_reconstruction import AlternatingReconstruction
 from .base import Solver
 from .bounds import CorrEigenvalue, Dnn, Naive, Qcr, RowSplit, Sdp, SharedSplit
-from .branch_and_bound import BranchAndBound
 from .compose import Sequence
-from .dsnot import DSnoT
-from .enumeration import Enumeration
-from .greedy import Greedy
-from .gurobi import Gurobi
-from .highs import HiGHS
-from .iterated_local_search import IteratedLocalSearch
-from .one_swap import OneSwap
-from .reconstruction import Reconstruction
-from .scip import SCIP
+from .exact.branch_and_bound import BranchAndBound
+from .exact.enumeration import Enumeration
+from .exact.gurobi import Gurobi
+from .exact.highs import HiGHS
+from .exact.scip import SCIP
 from .scores import RIA, Magnitude, Random, Wanda
-from .sparsegpt import SparseGPT
-from .tabu import Tabu
+from .search.additive_swap import AdditiveSwap
+from .search.dsnot import DSnoT
+from .search.greedy import Greedy
+from .search.iterated_local_search import IteratedLocalSearch
+from .search.one_swap import OneSwap
+from .search.tabu import Tabu
+from .updates.admm import ADMM
+from .updates.alternating_reconstruction import AlternatingReconstruction
+from .updates.reconstruction import Reconstruction
+from .updates.sparsegpt import SparseGPT
 
 SOLVERS: dict[str, type[Solver]] = {
     solver.name: solver

@@ -24,7 +24,7 @@ from ..problems.layer import LayerProblem
 from ..problems.metric import CoupledErrors
 from ..problems.pattern import LayerBudget
 from .base import Budget, Group, Outcome, Solver, Status
-from .one_swap import OneSwap
+from .search.one_swap import OneSwap
 
 
 @final

@@ -10,11 +10,12 @@ solution = ss.solve(problem, ss.OneSwap())
 
 from . import errors, problems, solvers
 from .errors import *  # noqa: F403
-from .objective import Objective
-from .pipeline import Mode, layer_problems, prune_layers
 from .problems import *  # noqa: F403
-from .prune_report import PruneReport
-from .run import prune
+from .pruning.objective import Objective
+from .pruning.pipeline import layer_problems, prune_layers
+from .pruning.report import PruneReport
+from .pruning.run import prune
+from .pruning.settings import Mode
 from .solvers import *  # noqa: F403
 
 __all__ = [

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from rich.table import Table
 
-from .calibration import calibration_windows, evaluation_windows
-from .loading import load_model
-from .objective import SEARCH_DEFAULT, Objective
-from .pipeline import Progress
-from .prune_report import PruneReport
-from .records import LayerRecord
+from .calibration.windows import calibration_windows, evaluation_windows
+from .models.loading import load_model
+from .progress import Progress
+from .pruning.objective import SEARCH_DEFAULT, Objective
+from .pruning.report import PruneReport
+from .pruning.run import prune
+from .records.run import LayerRecord
 from .reports.demo import DemoLayer, DemoMethod, write_demo_report
 from .reports.page import Fact
-from .run import prune
 from .solvers import Magnitude, OneSwap, Wanda
 
 MODEL = Path(__file__).parent / "data" / "demo-model"

@@ -6,8 +6,8 @@ expected gaps can be read off: a factor f has the gap 1 - 1/f.
 
 import json
 
-from sparseswaps.records import LayerRecord
-from sparseswaps.study_records import (
+from sparseswaps.records.run import LayerRecord
+from sparseswaps.records.study import (
     LayerBoundRecord,
     ModelLayer,
     ModelRecord,

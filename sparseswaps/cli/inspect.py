@@ -9,15 +9,14 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..calibration import calibration_windows
+from ..calibration.windows import calibration_windows, window_length
 from ..errors import InputError
-from ..evaluation import is_causal
-from ..loading import load_model, resolve_device
-from ..models import DEFAULT_EXCLUDE, check_finite, find_blocks
-from ..pipeline import layer_problems
+from ..evaluation.measures import is_causal
+from ..machine import versions
+from ..models.blocks import DEFAULT_EXCLUDE, check_finite, find_blocks
+from ..models.loading import load_model, resolve_device
 from ..problems.files import save_instance
-from ..prune_report import versions
-from ..run import window_length
+from ..pruning.pipeline import layer_problems
 from ..solvers.registry import SOLVERS
 from .output import console, progress_bars, quiet_libraries
 

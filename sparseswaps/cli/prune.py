@@ -9,20 +9,21 @@ from typing import Annotated
 
 import typer
 
-from ..calibration import evaluation_windows
-from ..distributed import PATIENCE, Ranks, joined
+from ..calibration.windows import evaluation_windows, window_length
 from ..errors import InputError
-from ..evaluation import is_causal, mean_cosine
-from ..loading import load_model, resolve_device
-from ..masks import apply_masks, load_masks, verify_model
-from ..models import DEFAULT_EXCLUDE
-from ..objective import SEARCH_DEFAULT, Objective
-from ..pipeline import Mode, Progress
-from ..prune_report import PruneReport, versions
-from ..quality import model_embeddings, model_perplexity
-from ..run import prune as run_prune
-from ..run import window_length
-from ..saving import save_model
+from ..evaluation.measures import is_causal, mean_cosine
+from ..evaluation.quality import model_embeddings, model_perplexity
+from ..machine import versions
+from ..masks.file import apply_masks, load_masks, verify_model
+from ..masks.saving import save_model
+from ..models.blocks import DEFAULT_EXCLUDE
+from ..models.loading import load_model, resolve_device
+from ..progress import Progress
+from ..pruning.objective import SEARCH_DEFAULT, Objective
+from ..pruning.report import PruneReport
+from ..pruning.run import prune as run_prune
+from ..pruning.settings import Mode
+from ..ranks import PATIENCE, Ranks, joined
 from ..solvers.registry import parse_solver
 from .output import (
     console,

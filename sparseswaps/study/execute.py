@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..pipeline import Mode
+from ..machine import peak_memory_mb, versions
 from ..problems import LayerProblem
-from ..prune_report import PruneReport, peak_memory_mb, versions
-from ..records import LayerRecord
-from ..run import prune
+from ..pruning.report import PruneReport
+from ..pruning.run import prune
+from ..pruning.settings import Mode
+from ..records.run import LayerRecord
+from ..records.study import LayerBoundRecord, ModelRecord, RowRecord, TraceRecord, UnitRecord, UnitResult
 from ..solvers import Budget, Group, Outcome, Solution, Solver, solve
 from ..solvers.registry import parse_solver
-from ..study_records import LayerBoundRecord, ModelRecord, RowRecord, TraceRecord, UnitRecord, UnitResult
 from .layer_bounds import BoundedSolver, without_bounds
 from .problems import BuiltProblem, build_problem, resolve_model, resolve_path
 from .schema import SolverChoice

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..problems import LayerProblem
 from ..problems.pattern import LayerBudget
-from ..records import LayerRecord
+from ..records.run import LayerRecord
+from ..records.study import LayerBoundRecord
 from ..solvers import Budget, Group, Outcome, Solver, bound
-from ..study_records import LayerBoundRecord
 
 
 @final

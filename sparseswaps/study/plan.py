@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..objective import Objective
-from ..study_records import PlannedUnit
+from ..pruning.objective import Objective
+from ..records.study import PlannedUnit
 from .problems import layers_of, resolve_files
 from .schema import ModelSet, ProblemSet, SolverChoice, Study
 

@@ -20,14 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..calibration import calibration_windows
+from ..calibration.windows import calibration_windows, window_length
 from ..errors import InputError, InvalidFileError
-from ..evaluation import is_causal
-from ..loading import LoadedModel, load_model
-from ..models import DEFAULT_EXCLUDE, find_blocks
-from ..pipeline import layer_problems
+from ..evaluation.measures import is_causal
+from ..models.blocks import DEFAULT_EXCLUDE, find_blocks
+from ..models.loading import LoadedModel, load_model
 from ..problems import Gram, LayerProblem, SparsityPattern, load_instance, save_instance, synthetic_layer
-from ..run import window_length
+from ..pruning.pipeline import layer_problems
 
 # Sub-blocks start at a multiple of this, so that N:M blocks stay whole.
 ALIGN = 16

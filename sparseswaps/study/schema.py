@@ -41,12 +41,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..allocation import Allocation
 from ..errors import InputError, SparseswapsError
-from ..objective import Objective
-from ..pipeline import Mode
 from ..problems.pattern import SparsityPattern
 from ..problems.synthetic import FAMILIES
+from ..pruning.allocation import Allocation
+from ..pruning.objective import Objective
+from ..pruning.settings import Mode
 from ..solvers import Group, Solver
 from ..solvers import Sequence as Chain
 from ..solvers.bounds import TIERS
