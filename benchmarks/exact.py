@@ -200,7 +200,7 @@ def run_gaps(layers: dict[str, Layer], few: int, limit: float) -> str:
         ("magnitude", ss.Magnitude()),
         ("RIA", ss.RIA()),
         ("1-swap from Wanda", ss.OneSwap()),
-        ("greedy + 1-swap", ss.Sequence(ss.Greedy(), ss.OneSwap())),
+        ("greedy + 1-swap", ss.Chain(ss.Greedy(), ss.OneSwap())),
         ("tabu", ss.Tabu()),
         ("iterated local search", ss.IteratedLocalSearch()),
     ]

@@ -1,8 +1,10 @@
 """How layer problems are solved: one algorithm per file, named as its paper names it."""
 
-from .base import Budget, Group, Outcome, Solution, Solver, Status, TracePoint, solve
+import warnings
+
+from .base import Budget, Covers, Group, Outcome, Solution, Solver, Status, TracePoint, solve
 from .bounds import CorrEigenvalue, Dnn, LayerBound, Naive, Qcr, RowSplit, Sdp, SharedSplit, bound
-from .compose import BestOf, Sequence
+from .compose import BestOf, Chain
 from .exact.branch_and_bound import BranchAndBound
 from .exact.enumeration import Enumeration
 from .exact.gurobi import Gurobi
@@ -35,7 +37,9 @@ __all__ = [
     "BranchAndBound",
     "Budget",
     "Certificate",
+    "Chain",
     "CorrEigenvalue",
+    "Covers",
     "DSnoT",
     "Dnn",
     "Enumeration",
@@ -56,7 +60,6 @@ __all__ = [
     "RowSplit",
     "RowSweeps",
     "Sdp",
-    "Sequence",
     "SharedSplit",
     "Solution",
     "Solver",
@@ -69,3 +72,10 @@ __all__ = [
     "certify",
     "solve",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "Sequence":
+        warnings.warn("solvers.Sequence is called Chain now", FutureWarning, stacklevel=2)
+        return Chain
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

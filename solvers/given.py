@@ -8,7 +8,7 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from ..problems.layer import LayerProblem
-from .base import Budget, Group, Outcome, Solver, Status
+from .base import ANY_COUPLING, Budget, Covers, Group, Outcome, Solver, Status
 
 
 @final
@@ -18,8 +18,7 @@ class Given(Solver):
 
     name: ClassVar[str] = "given"
     group: ClassVar[Group] = Group.SCORE
-    layer_budget: ClassVar[bool] = True
-    metric: ClassVar[bool] = True
+    covers: ClassVar[Covers] = Covers(couplings=ANY_COUPLING, metric=True)
 
     mask: Tensor
 

@@ -60,12 +60,13 @@ def run_demo(out: Path, progress: Progress) -> tuple[Table, Path]:
             progress=progress,
         )
         reports.append((label, report))
+    settings = reports[0][1].settings
     page = write_demo_report(
         out,
         [_method(label, report) for label, report in reports],
         [_layer(label, layer) for label, report in reports for layer in report.layers],
         title="Pruning the demo model",
-        subtitle=f"half of every row, {reports[0][1].mode}, from the warm start {reports[0][1].start}",
+        subtitle=f"half of every row, {settings.mode}, from the warm start {settings.start!r}",
         facts=_facts(reports[0][1]),
     )
     return _table(reports), page
@@ -73,8 +74,9 @@ def run_demo(out: Path, progress: Progress) -> tuple[Table, Path]:
 
 def _facts(report: PruneReport) -> list[Fact]:
     """What somebody needs to know to repeat the run."""
+    settings = report.settings
     return [
-        Fact("calibration", f"{report.samples} windows of {report.length} tokens, seed {report.seed}"),
+        Fact("calibration", f"{settings.samples} windows of {settings.length} tokens, seed {settings.seed}"),
         Fact("text", f"Python's standard library, tokens {report.calibration_hash[:12]}"),
         Fact("evaluation", f"{report.evaluation_windows} windows of held-out modules"),
         Fact("device", report.device),

@@ -24,13 +24,14 @@ class Factor:
     """Something that whole-model runs vary.
 
     Attributes:
-        name: stem of its figure; title: in words.
+        name: stem of its figure; title: in words; options: of a run that it is about.
         value: of a run, as text; None where it does not apply.
         order: sort key of the texts.
     """
 
     name: str
     title: str
+    options: tuple[str, ...]
     value: Callable[[ModelRecord], str | None]
     order: Callable[[str], float | str]
 
@@ -50,14 +51,19 @@ def _drift_strength(record: ModelRecord) -> str | None:
 
 FACTORS = (
     Factor(
-        "swaps", "swaps allowed per row", _model_swaps, lambda x: float("inf") if x == INFINITE else float(x)
+        "swaps",
+        "swaps allowed per row",
+        ("solver",),
+        _model_swaps,
+        lambda x: float("inf") if x == INFINITE else float(x),
     ),
-    Factor("start", "warm start", lambda record: record.start or None, str),
-    Factor("samples", "calibration windows", lambda record: str(record.samples), float),
-    Factor("calibration", "calibration text", lambda record: record.calibration, str),
+    Factor("start", "warm start", ("start",), lambda record: record.start or None, str),
+    Factor("samples", "calibration windows", ("samples",), lambda record: str(record.samples), float),
+    Factor("calibration", "calibration text", ("calibration",), lambda record: record.calibration, str),
     Factor(
         "drift",
         "one-shot, then sequential with drift",
+        ("objective", "mode"),
         _drift_strength,
         lambda x: -1.0 if x == "one-shot" else float(x),
     ),
@@ -80,10 +86,7 @@ def factor_figure(models: Sequence[ModelRecord], factor: Factor) -> Figure | Non
         if value is None:
             continue
         rest = tuple(pair for pair in factor_of(record) if pair[0] != factor.name)
-        fitted = [record.fitted]
-        if factor.name == "drift":
-            fitted = [record.allocation, str(record.refine), record.update]
-        key = (record.model, record.pattern, record.method, *fitted, rest)
+        key = (record.model, record.method, record.apart(*factor.options), rest)
         groups.setdefault(key, {}).setdefault(value, []).append(record)
     chosen = [members for members in groups.values() if len(members) > 1]
     if not chosen:

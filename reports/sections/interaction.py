@@ -207,8 +207,7 @@ def _model_rows(models: Sequence[ModelRecord]) -> list[Row]:
     for record in models:
         if _is_swap(record) and _limit(record) == float("inf"):
             key: tuple[object, ...] = (
-                record.model, pattern_order(record.pattern), record.fitted, record.calibration,
-                record.samples, record.seed, record.start,
+                record.model, pattern_order(record.pattern), record.apart("solver"), record.seed
             )  # fmt: skip
             groups.setdefault(key, []).append(record)
     rows: list[Row] = []

@@ -252,6 +252,9 @@ def _kind_of_pair(first: ModelRecord, second: ModelRecord) -> str | None:
         for (name, one), (_, other) in zip(factor_of(first), factor_of(second), strict=True)
         if one != other and name not in ("start", "swaps")
     ]
+    told = [option for factor in FACTORS for option in factor.options]
+    if first.apart(*told) != second.apart(*told):
+        differ.append("options")
     if first.label != second.label:
         differ.append("solver")
     return differ[0] if len(differ) == 1 else None

@@ -32,22 +32,41 @@ class _Runs:
     """One method on one model at one pattern with one choice of calibration text, over seeds.
 
     Attributes:
-        model, pattern, method: what was run.
-        calibration, samples: text and windows.
-        records: by seed.
+        method: what was run; records: by seed.
     """
 
-    model: str
-    pattern: str
     method: str
-    calibration: str
-    samples: int
     records: dict[int, ModelRecord]
 
     @property
-    def setting(self) -> tuple[str, str, str, int]:
+    def first(self) -> ModelRecord:
+        """One of them, for what they share."""
+        return next(iter(self.records.values()))
+
+    @property
+    def model(self) -> str:
+        """Name of the model."""
+        return self.first.model
+
+    @property
+    def pattern(self) -> str:
+        """As asked for."""
+        return self.first.pattern
+
+    @property
+    def calibration(self) -> str:
+        """Name of the calibration text."""
+        return self.first.calibration
+
+    @property
+    def samples(self) -> int:
+        """Calibration windows."""
+        return self.first.samples
+
+    @property
+    def setting(self) -> tuple[object, ...]:
         """What a comparison of methods holds fixed."""
-        return self.model, self.pattern, self.calibration, self.samples
+        return self.first.setting
 
 
 def method_name(record: ModelRecord) -> str:
@@ -68,11 +87,11 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 def objective_sections(models: Sequence[ModelRecord]) -> list[Section]:
     """Masks alone, then updated weights; empty unless something ran with more than one seed."""
     done = [record for record in models if not record.failure and quality(record) is not None]
-    groups: dict[tuple[str, str, str, str, int], dict[int, ModelRecord]] = {}
+    groups: dict[tuple[object, ...], dict[int, ModelRecord]] = {}
     for record in done:
-        key = (record.model, record.pattern, method_name(record), record.calibration, record.samples)
+        key = (record.model, method_name(record), record.apart())
         groups.setdefault(key, {})[record.seed] = record
-    runs = [_Runs(*key, records) for key, records in groups.items()]
+    runs = [_Runs(method_name(next(iter(found.values()))), found) for found in groups.values()]
     if not any(len(run.records) > 1 for run in runs):
         return []
     sections = []
@@ -91,7 +110,7 @@ def objective_sections(models: Sequence[ModelRecord]) -> list[Section]:
 
 
 def _group(run: _Runs) -> str:
-    return next(iter(run.records.values())).group
+    return run.first.group
 
 
 def _value(record: ModelRecord) -> float:

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...problems.row_program import BoolArray, RowProgram
-from ..base import Status
+from ..base import Covers, Status
 from ..bounds.convex_split import ConvexSplit
 from ..bounds.dnn import (
     PLAIN_STEPS,
@@ -69,7 +69,7 @@ class BranchAndBound(RowSolver):
     """
 
     name: ClassVar[str] = "branch-and-bound"
-    requires: ClassVar[tuple[str, ...]] = ("numba",)
+    covers: ClassVar[Covers] = Covers(requires=("numba",))
 
     incumbent: IteratedLocalSearch = field(default_factory=IteratedLocalSearch)
 

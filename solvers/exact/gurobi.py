@@ -22,7 +22,7 @@ from ...errors import InvalidOutcomeError
 from ...problems.row_program import BoolArray, RowProgram
 from ..backends.factored import FEASIBILITY_TOLERANCE, factored, rounded, safe_bound
 from ..backends.library import Claim, LibrarySolver
-from ..base import Status
+from ..base import Covers, Status
 
 # Why Gurobi stopped, by its status code.
 STATUS_MAP = {
@@ -46,7 +46,7 @@ class Gurobi(LibrarySolver):
     """
 
     name: ClassVar[str] = "gurobi"
-    requires: ClassVar[tuple[str, ...]] = ("gurobipy",)
+    covers: ClassVar[Covers] = Covers(requires=("gurobipy",))
 
     def claim(self, program: RowProgram, start: BoolArray, deadline: float) -> Claim:
         """Build the model of one program, run it and read what it says."""

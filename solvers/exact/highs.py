@@ -28,7 +28,7 @@ from ...errors import InputError, InvalidOutcomeError
 from ...problems.row_program import BoolArray, FloatArray, RowProgram
 from ..backends.factored import FEASIBILITY_TOLERANCE, factored, product_allowance, rounded, safe_bound
 from ..backends.library import Claim, LibrarySolver
-from ..base import Status
+from ..base import Covers, Status
 from ..row_wise import better
 
 # Why HiGHS stopped, by the name of its model status.
@@ -61,7 +61,7 @@ class HiGHS(LibrarySolver):
     """
 
     name: ClassVar[str] = "highs"
-    requires: ClassVar[tuple[str, ...]] = ("highspy",)
+    covers: ClassVar[Covers] = Covers(requires=("highspy",))
 
     formulation: str = "outer_approximation"
 

@@ -33,7 +33,7 @@ from ..backends.factored import (
     safe_bound,
 )
 from ..backends.library import Claim, LibrarySolver
-from ..base import Status
+from ..base import Covers, Status
 
 # Why SCIP stopped. `gaplimit` is success: limits/gap is the solver's gap_limit.
 STATUS_MAP = {
@@ -61,7 +61,7 @@ class SCIP(LibrarySolver):
     """
 
     name: ClassVar[str] = "scip"
-    requires: ClassVar[tuple[str, ...]] = ("pyscipopt",)
+    covers: ClassVar[Covers] = Covers(requires=("pyscipopt",))
 
     formulation: str = "qcr"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...errors import InputError, InvalidProblemError
 from ...problems.layer import LayerProblem
-from ...problems.pattern import LayerBudget
+from ...problems.pattern import Coupling
 from ..kernels import kernels_for
 from ..kernels.scaling import rounding_noise
 from .layer_budget import best_exchange, exchange_limit
@@ -116,7 +116,7 @@ def certify(
     change = torch.cat(changes)
     limit = torch.maximum(tolerance * reference.to(change), torch.cat(noises))
     found = Certificate(change >= -limit, change, torch.cat(pruned), torch.cat(restored), limit, tolerance)
-    if not isinstance(problem.pattern, LayerBudget):
+    if problem.pattern.couples is Coupling.BLOCK:
         return found
     exchange_change, exchange = best_exchange(problem, mask)
     return replace(

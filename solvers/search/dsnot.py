@@ -30,8 +30,8 @@ from torch import Tensor
 
 from ...errors import InputError, UnsupportedProblemError
 from ...problems.layer import LayerProblem
-from ...problems.pattern import LayerBudget
-from ..base import Budget, Group, Outcome, Solver, Status
+from ...problems.pattern import Coupling
+from ..base import ANY_COUPLING, Budget, Covers, Group, Outcome, Solver, Status
 from ..scores import warm_start
 from .local_search import row_batches
 
@@ -62,9 +62,8 @@ class DSnoT(Solver):
 
     name: ClassVar[str] = "dsnot"
     group: ClassVar[Group] = Group.LOCAL_SEARCH
-    layer_budget: ClassVar[bool] = True
-    metric: ClassVar[bool] = True  # it looks at means of errors only
-    drift_by_default: ClassVar[bool] = False  # it does not look at the drift
+    # it looks at means of errors only, neither at the metric nor at the drift
+    covers: ClassVar[Covers] = Covers(couplings=ANY_COUPLING, metric=True, drift_by_default=False)
 
     max_cycles: int = 50
     threshold: float = 0.1
@@ -117,7 +116,7 @@ class DSnoT(Solver):
         error = effect.masked_fill(mask, 0).sum(1)
         first = error.sign()
         pattern = problem.pattern
-        grouped = not isinstance(pattern, LayerBudget) and not pattern.is_per_row(problem.cols)
+        grouped = pattern.couples is Coupling.BLOCK and not pattern.is_per_row(problem.cols)
         grow = _Queues(gain, ~mask & (gain > 0), ~mask & (gain < 0), self.max_cycles)
         prune = _Queues(scores.copysign(effect), mask & (effect < 0), mask & (effect > 0), self.max_cycles)
         prunable = mask.clone()

@@ -15,10 +15,10 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from ...errors import InvalidProblemError, UnsupportedProblemError
+from ...errors import InputError, InvalidProblemError
 from ...problems.layer import LayerProblem
-from ...problems.pattern import LayerBudget
-from ..base import Budget, Group, Outcome, Solver, Status
+from ..base import Budget, Covers, Group, Outcome, Solver, Status
+from ..compose import Chain
 from ..scores import warm_start
 from .one_swap import OneSwap, overall_status
 
@@ -38,6 +38,7 @@ class HeldOutStop(Solver):
 
     name: ClassVar[str] = "held-out-stop"
     group: ClassVar[Group] = Group.LOCAL_SEARCH
+    covers: ClassVar[Covers] = Covers(rows_alone=False)  # the held-out problem is that of all rows
 
     held_out: LayerProblem
     search: OneSwap = field(default_factory=OneSwap)
@@ -45,11 +46,6 @@ class HeldOutStop(Solver):
 
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
         """Search from the warm start; rows that a time limit cuts off keep their last mask."""
-        if isinstance(problem.pattern, LayerBudget):
-            raise UnsupportedProblemError(
-                f"held-out stop sees each row by itself: expected a pattern of rows or blocks, found "
-                f"{problem.pattern}"
-            )
         check = self.held_out
         if check.weight.shape != problem.weight.shape or not torch.equal(check.weight, problem.weight):
             raise InvalidProblemError(
@@ -90,3 +86,21 @@ class HeldOutStop(Solver):
         return Outcome(
             mask, overall_status(statuses), row_statuses=statuses, stats={"swaps": swaps, "stopped": stopped}
         )
+
+
+def with_held_out_stop(solver: Solver, held_out: LayerProblem) -> Solver:
+    """``solver`` with every 1-swap search in it stopped by the layer's problem on held-out tokens.
+
+    Raises:
+        InputError: if there is none in it.
+    """
+    if isinstance(solver, OneSwap):
+        return HeldOutStop(held_out, solver)
+    if isinstance(solver, Chain) and solver.covers.held_out_stop:
+        return Chain(
+            *(
+                with_held_out_stop(member, held_out) if member.covers.held_out_stop else member
+                for member in solver.solvers
+            )
+        )
+    raise InputError(f"held-out stop: expected a 1-swap search, found {solver!r}")

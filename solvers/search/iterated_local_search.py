@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import InputError
 from ...problems.layer import LayerProblem
 from ...problems.row_program import BoolArray, RowProgram
-from ..base import Budget, Group, Outcome, Solver, Status
+from ..base import Budget, Covers, Group, Outcome, Solver, Status
 from ..row_wise import RowResult, better, solve_rows
 
 
@@ -38,7 +38,7 @@ class IteratedLocalSearch(Solver):
 
     name: ClassVar[str] = "iterated-local-search"
     group: ClassVar[Group] = Group.LOCAL_SEARCH
-    requires: ClassVar[tuple[str, ...]] = ("numba",)
+    covers: ClassVar[Covers] = Covers(requires=("numba",))
 
     kicks: int = 200
     strength: int = 16

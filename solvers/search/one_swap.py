@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...errors import InputError, UnsupportedProblemError
 from ...problems.layer import LayerProblem
-from ...problems.pattern import LayerBudget
-from ..base import Budget, Group, Outcome, Solver, Status
+from ...problems.pattern import Coupling
+from ..base import ANY_COUPLING, Budget, Covers, Group, Outcome, Solver, Status
 from ..scores import warm_start
 from .layer_budget import descend_budget
 from .local_search import descend_layer
@@ -48,7 +48,7 @@ class OneSwap(Solver):
 
     name: ClassVar[str] = "one-swap"
     group: ClassVar[Group] = Group.LOCAL_SEARCH
-    layer_budget: ClassVar[bool] = True
+    covers: ClassVar[Covers] = Covers(couplings=ANY_COUPLING, held_out_stop=True)
 
     max_swaps: int | None = None
     tolerance: float = 1e-6
@@ -66,7 +66,7 @@ class OneSwap(Solver):
         """Descend from the warm start; rows that a time limit cuts off keep it."""
         deadline = budget.deadline()
         start = warm_start(problem, init)
-        if isinstance(problem.pattern, LayerBudget):
+        if problem.pattern.couples is Coupling.LAYER:
             if self.max_swaps is not None:
                 raise UnsupportedProblemError(
                     f"one-swap with the budget of a whole layer: expected no limit of swaps per row, "

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from ...errors import InputError, InvalidProblemError
 from ...problems.layer import LayerProblem
-from ...problems.pattern import LayerBudget
-from ..base import Budget, Group, Outcome, Solver, Status
+from ...problems.pattern import Coupling
+from ..base import ANY_COUPLING, Budget, Covers, Group, Outcome, Solver, Status
 from ..scores import warm_start
 
 MASKS = ("fixed", "gradual")
@@ -60,8 +60,7 @@ class ADMM(Solver):
 
     name: ClassVar[str] = "admm"
     group: ClassVar[Group] = Group.WEIGHT_UPDATE
-    layer_budget: ClassVar[bool] = True
-    metric: ClassVar[bool] = True  # it looks at no output error
+    covers: ClassVar[Covers] = Covers(couplings=ANY_COUPLING, metric=True, rows_alone=False)
 
     mask: str = "fixed"
     iterations: int = 20
@@ -146,7 +145,7 @@ def gradual_mask(values: Tensor, problem: LayerProblem, step: int, steps: int) -
     pruned = pattern.block - pattern.keep
     if pattern.is_per_row(problem.cols):
         return _without_smallest(sizes, int(share * pruned))
-    if not isinstance(pattern, LayerBudget):
+    if pattern.couples is Coupling.BLOCK:
         sizes = sizes.masked_fill(pattern.top_k(sizes), torch.inf)
     in_all = problem.weight.numel() // pattern.block * pruned
     return _without_smallest(sizes.reshape(1, -1), int(share * in_all)).view_as(values)

@@ -29,11 +29,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from ...errors import InputError, SolverNotInstalledError
+from ...errors import InputError
 from ...problems.layer import Drift, LayerProblem
-from ...problems.pattern import LayerBudget
-from ..base import Budget, Group, Outcome, Solver, Status, TracePoint
-from ..row_sweeps import RowSweeps
+from ...problems.pattern import Coupling
+from ..base import Budget, Covers, Group, Outcome, Solver, Status, TracePoint
+from ..row_sweeps import sweeping
 from ..scores import warm_start
 from ..search.one_swap import OneSwap
 from .reconstruction import Reconstruction
@@ -55,14 +55,10 @@ class AlternatingReconstruction(Solver):
 
     Stats: those of ``reconstruction`` and ``turns``, in how many a row's mask changed. The trace holds the
     layer's error after each turn. The status is ``local_optimum`` where a search moves no weight.
-
-    Raises:
-        SolverNotInstalledError: if a library of the search is missing.
     """
 
     name: ClassVar[str] = "alternating-reconstruction"
     group: ClassVar[Group] = Group.WEIGHT_UPDATE
-    metric: ClassVar[bool] = True
 
     rounds: int = 10
     tolerance: float = 1e-4
@@ -81,20 +77,14 @@ class AlternatingReconstruction(Solver):
             )
 
     @property
-    def layer_budget(self) -> bool:  # type: ignore[override]  # depends on the member
-        """Whether the search covers budgets of a whole layer."""
-        return self.search.layer_budget
+    def covers(self) -> Covers:
+        """What search and least squares cover; under an output metric the search sweeps over rows."""
+        return sweeping(self.search).covers & self.reconstruction.covers
 
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
         """Take turns until no weight moves; rows that have come to rest are left out."""
-        if missing := self.search.missing():
-            raise SolverNotInstalledError(
-                f"the search of alternating reconstruction needs {' and '.join(missing)}: expected it to be "
-                f"installed, found none; run pip install {' '.join(missing)}"
-            )
         begun, deadline = time.monotonic(), budget.deadline()
-        alone = problem.metric is None or self.search.metric
-        search = self.search if alone else RowSweeps(self.search)
+        search = self.search if problem.metric is None else sweeping(self.search)
         state = _State(problem, warm_start(problem, init))
         state.take(self.reconstruction.run(problem, state.mask, _left(deadline)), state.all)
         trace = [TracePoint(time.monotonic() - begun, state.error())]
@@ -165,7 +155,7 @@ class _State:
 
     def __init__(self, problem: LayerProblem, mask: Tensor) -> None:
         self._problem = problem
-        self.coupled = problem.metric is not None or isinstance(problem.pattern, LayerBudget)
+        self.coupled = problem.metric is not None or problem.pattern.couples is Coupling.LAYER
         self.all = torch.arange(problem.rows, device=problem.device)
         self.mask = mask.clone()
         self.weight = problem.weight * mask

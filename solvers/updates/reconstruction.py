@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...problems.layer import LayerProblem
-from ..base import Budget, Group, Outcome, Solver, Status
+from ..base import ANY_COUPLING, Budget, Covers, Group, Outcome, Solver, Status
 from ..scores import warm_start
 from .least_squares import KeptSolve, by_cholesky, by_conjugate_gradients, coupled_by_conjugate_gradients
 
@@ -65,8 +65,7 @@ class Reconstruction(Solver):
 
     name: ClassVar[str] = "reconstruction"
     group: ClassVar[Group] = Group.WEIGHT_UPDATE
-    layer_budget: ClassVar[bool] = True
-    metric: ClassVar[bool] = True
+    covers: ClassVar[Covers] = Covers(couplings=ANY_COUPLING, metric=True, rows_alone=False)
 
     damping: float = 1e-6
     method: str = "auto"

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from ...errors import InputError, InvalidProblemError
 from ...problems.layer import LayerProblem
-from ...problems.pattern import LayerBudget
-from ..base import Budget, Group, Outcome, Solver, Status
+from ...problems.pattern import Coupling
+from ..base import ANY_COUPLING, Budget, Covers, Group, Outcome, Solver, Status
 from ..scores import warm_start
 
 MASKS = ("adaptive", "fixed")
@@ -58,8 +58,7 @@ class SparseGPT(Solver):
 
     name: ClassVar[str] = "sparsegpt"
     group: ClassVar[Group] = Group.WEIGHT_UPDATE
-    layer_budget: ClassVar[bool] = True
-    metric: ClassVar[bool] = True  # it looks at no output error
+    covers: ClassVar[Covers] = Covers(couplings=ANY_COUPLING, metric=True, rows_alone=False)
 
     blocksize: int = 128
     damping: float = 0.01
@@ -119,7 +118,9 @@ class _Choice:
         self._pattern = problem.pattern
         self._fixed = fixed
         self._cols = problem.cols
-        self._grouped = problem.pattern.scope == "block" and not problem.pattern.is_per_row(problem.cols)
+        self._grouped = problem.pattern.couples is Coupling.BLOCK and not problem.pattern.is_per_row(
+            problem.cols
+        )
 
     def blocks_of(self, blocksize: int) -> int:
         """``blocksize`` rounded to whole groups of the pattern."""
@@ -137,7 +138,7 @@ class _Choice:
         last = first + costs.shape[1]
         if self._fixed is not None:
             return self._fixed[:, first:last]
-        lines = costs.reshape(1, -1) if isinstance(self._pattern, LayerBudget) else costs
+        lines = costs.reshape(1, -1) if self._pattern.couples is Coupling.LAYER else costs
         pruned = self._pruned(len(costs) // len(lines), last) - self._pruned(len(costs) // len(lines), first)
         kept = torch.ones_like(lines, dtype=torch.bool)
         # ties go to the highest index, so that the lowest is kept

@@ -84,9 +84,10 @@ def list_solvers() -> None:
     """List the solvers: name, group, options, and what to install where something is missing."""
     table = Table("solver", "group", "options", "installed")
     for name, solver in SOLVERS.items():
-        missing = solver.missing()
-        options = repr(solver()).partition("(")[2].removesuffix(")")
+        example = solver()
+        missing = example.missing()
+        options = repr(example).partition("(")[2].removesuffix(")")
         table.add_row(
-            name, str(solver.group), options, f"pip install {' '.join(missing)}" if missing else "yes"
+            name, str(example.group), options, f"pip install {' '.join(missing)}" if missing else "yes"
         )
     console.print(table)

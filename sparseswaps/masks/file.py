@@ -109,7 +109,7 @@ def layer_mask(
         cols,
         pattern.keep,
         pattern.block,
-        pattern.scope,
+        pattern.couples.value,
         weight_hash(dense_weight),
         weight_hash(kept),
         updated is not None,

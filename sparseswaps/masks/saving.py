@@ -20,7 +20,7 @@ from ..errors import InputError, InvalidFileError
 from ..models.blocks import PrunableLayer
 from ..models.loading import LoadedModel, load_model
 from ..models.offload import OffloadedBlocks
-from ..problems.pattern import parse_pattern
+from ..problems.pattern import Pattern
 from ..records.run_database import RunDatabase
 from .file import MASK_FILE, LayerMask, layer_mask, load_masks, require_verified, save_masks, verify_model
 from .packing import masked
@@ -141,7 +141,7 @@ def save_run(
     loaded: LoadedModel,
     layers: Sequence[PrunableLayer],
     masks: Mapping[str, Tensor],
-    patterns: Mapping[str, str],
+    patterns: Mapping[str, Pattern],
     dense: Mapping[str, Tensor],
     record: RunDatabase,
 ) -> None:
@@ -149,14 +149,13 @@ def save_run(
     facts: dict[str, LayerMask] = {}
     for layer in layers:
         weight, mask = dense[layer.name], masks[layer.name]
-        parsed = parse_pattern(patterns[layer.name], weight.shape[1])
         updated = None
         if record.updated_weight(layer.name) is not None:
             updated = masked(loaded.residence.weight(layer).to("cpu", weight.dtype), mask)
         if not loaded.residence.offloaded:
             # exact zeros and the checkpoint's own kept weights, whatever dtype was computed in
             layer.write(masked(weight, mask) if updated is None else updated)
-        facts[layer.name] = layer_mask(mask, parsed, weight, updated)
+        facts[layer.name] = layer_mask(mask, patterns[layer.name], weight, updated)
     save_model(folder, loaded, masks, facts)
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from enum import StrEnum
 
 import numpy as np
 import torch
@@ -31,47 +30,39 @@ from ..errors import InputError
 from ..models.blocks import Block
 from ..models.offload import Residence
 from ..problems import LayerProblem
-from ..problems.pattern import SparsityPattern, parse_pattern
+from ..problems.pattern import Coupling, Pattern, PatternRule, SparsityPattern
 from ..solvers import Solver, Wanda, solve
 from ..solvers.compose import without_weight_updates
+from .layer_solving import patterns_of
 from .pipeline import layer_problems
+from .settings import Allocation
 
 # Levels of the knapsack around the mean sparsity; the quadratic model says little farther away.
 REACH, STEP = 0.2, 0.025
 # No layer is left whole or emptied.
 LEAST = 0.02
-# Wide enough that every share of its weights that somebody writes is a whole number of them.
-WIDE = 10**6
 OUTLIER_FACTOR, OUTLIER_REACH = 5.0, 0.08
 
 Report = Callable[[int, int], None]
 
 
-class Allocation(StrEnum):
-    """How the budget is spread over layers."""
-
-    UNIFORM = "uniform"
-    KNAPSACK = "knapsack"
-    OWL = "owl"
-
-
 def allocate(
     model: nn.Module,
     blocks: Sequence[Block],
-    pattern: str,
+    pattern: PatternRule,
     calibration: Tensor,
     rule: Allocation,
     solver: Solver,
     report: Report | None = None,
     residence: Residence | None = None,
     store: TensorStore | None = None,
-) -> dict[str, str]:
+) -> dict[str, Pattern]:
     """The pattern of each layer by name.
 
     Args:
         model: the dense model; it is not changed.
         blocks: from ``find_blocks``.
-        pattern: the mean sparsity of the whole model, ``0.5`` or ``50%``.
+        pattern: of every layer; its share is the mean sparsity of the whole model.
         calibration: token windows (windows, length).
         rule: how the budget is spread.
         solver: measures the error curves of the knapsack, without the weight updates of a sequence.
@@ -84,8 +75,9 @@ def allocate(
     """
     layers = [layer for block in blocks for layer in block.layers]
     if rule is Allocation.UNIFORM:
-        return {layer.name: pattern for layer in layers}
-    sparsity = _mean_sparsity(pattern)
+        return patterns_of(blocks, pattern)
+    check_allocation(rule, pattern)
+    sparsity = pattern.share or 0.0
     shapes = {layer.name: (layer.weight.shape[0], layer.weight.shape[1]) for layer in layers}
     curves: dict[str, np.ndarray] = {}
     shares: dict[str, float] = {}
@@ -113,20 +105,21 @@ def allocate(
     else:
         chosen = knapsack(shapes, _in_one_unit(curves, relative), levels, sparsity)
     # layers that no calibration token reaches keep the mean
-    return {name: repr(chosen.get(name, sparsity)) for name in shapes}
+    return {
+        name: SparsityPattern.per_row(cols, chosen.get(name, sparsity)) for name, (_, cols) in shapes.items()
+    }
 
 
-def check_allocation(rule: Allocation | str, pattern: str) -> Allocation:
-    """The rule, refused before any work is done where it cannot work with the pattern.
+def check_allocation(rule: Allocation, pattern: PatternRule) -> None:
+    """Refuse a rule that finds nothing to choose with the pattern.
 
     Raises:
-        InputError: for an unknown rule, or one that finds nothing to choose.
+        InputError: for N:M patterns and budgets of a layer.
     """
-    if rule not in set(Allocation):
-        raise InputError(f"allocation: expected one of {', '.join(Allocation)}, found {rule!r}")
-    if rule != Allocation.UNIFORM:
-        _mean_sparsity(pattern)
-    return Allocation(rule)
+    if rule is not Allocation.UNIFORM and (pattern.share is None or pattern.couples is not Coupling.BLOCK):
+        raise InputError(
+            f"an allocation chooses the sparsity of rows: expected a pattern such as 0.5, found {pattern}"
+        )
 
 
 def sparsity_levels(mean: float) -> tuple[float, ...]:
@@ -245,15 +238,6 @@ def outlier_share(problem: LayerProblem) -> float:
     """Share of a layer's Wanda scores that are larger than ``M`` times their mean."""
     scores = problem.scaled_weight.abs()
     return float((scores > OUTLIER_FACTOR * scores.mean()).double().mean())
-
-
-def _mean_sparsity(pattern: str) -> float:
-    parsed = parse_pattern(pattern, WIDE)
-    if not isinstance(parsed, SparsityPattern) or not parsed.is_per_row(WIDE):
-        raise InputError(
-            f"an allocation chooses the sparsity of rows: expected a pattern such as 0.5, found {pattern}"
-        )
-    return parsed.sparsity
 
 
 def _in_one_unit(curves: Mapping[str, np.ndarray], relative: set[str]) -> dict[str, np.ndarray]:

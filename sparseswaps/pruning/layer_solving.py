@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ..calibration.experts import all_tokens, fallback_gram, least_tokens
-from ..errors import InputError, InvalidModelError, NoIncumbentError
+from ..errors import InputError, InvalidModelError
 from ..masks.packing import pack_mask, weight_bytes
-from ..models.blocks import PrunableLayer
+from ..models.blocks import Block, PrunableLayer
 from ..problems import Drift, Gram, GramAccumulator, LayerProblem, output_metric
-from ..problems.pattern import Pattern, parse_pattern
+from ..problems.pattern import Pattern, PatternRule
 from ..ranks import Ranks
 from ..records.run import LayerRecord
-from ..solvers import Budget, Group, HeldOutStop, OneSwap, RowSweeps, Solution, Solver, solve
+from ..solvers import Group, RowSweeps, Solution
 from ..solvers.given import Given
+from ..solvers.search.held_out_stop import with_held_out_stop
 from .objective import Objective
-from .shared_rows import rows_alone, solve_shared
+from .settings import PruneSettings
+from .shared_rows import solve_shared
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,16 +78,21 @@ class LayerSolving:
     """How the layers of a run are solved.
 
     Attributes:
-        pattern, solver, start, objective, masks, ranks, min_expert_tokens: as ``prune_layers`` has them.
+        settings: of the run; its objective states every drift.
+        patterns: of each layer by name.
+        masks: warm start of each layer by name instead of the start's, or None.
+        ranks: the processes that share the work.
     """
 
-    pattern: str | Mapping[str, str]
-    solver: Solver
-    start: Solver
-    objective: Objective
+    settings: PruneSettings
+    patterns: Mapping[str, Pattern]
     masks: Mapping[str, Tensor] | None
     ranks: Ranks
-    min_expert_tokens: int | None
+
+    @property
+    def objective(self) -> Objective:
+        """What layers are fitted to."""
+        return self.settings.objective
 
     def solve(
         self, layer: PrunableLayer, leader: str, sums: StepSums, moment: Tensor | None, strength: float
@@ -101,29 +108,18 @@ class LayerSolving:
         problem, plain, fallback = self._problem(
             layer, calibration, sums.gram(leader), sums.mixture(layer), moment, strength
         )
-        solver = self.solver
-        if problem.metric is not None and not solver.metric:
+        solver = self.settings.solver
+        if problem.metric is not None and not solver.covers.metric:
             solver = RowSweeps(solver, self.objective.sweeps)
-        if checks is not None and checks.tokens and isinstance(solver, OneSwap):
+        if checks is not None and checks.tokens:
             held_out, _, _ = self._problem(layer, checks, checks.gram(), None, None, strength)
-            solver = HeldOutStop(held_out, solver)
-        start = self.start if self.masks is None else Given(self.masks[layer.name])
-        scores = start.group is Group.SCORE and solver.group is Group.SCORE
-        shared = self.ranks.count > 1 and not coupled and (scores or rows_alone(problem, solver))
-        if not shared:
-            if not self.ranks.first:
-                return None
-            warm = solve(problem, start)
-            score = solver.group is Group.SCORE
-            solution = solve(problem, solver) if score else solve(problem, solver, init=warm, budget=Budget())
-            return Solved(problem, warm, solution, strength, fallback, plain, shared)
-        # scores look at all rows, which costs little; each rank then scores the masks of its rows
-        warm = solve_shared(problem, _given(start, problem), None, self.ranks)
-        if solver.group is Group.SCORE:
-            solution = solve_shared(problem, _given(solver, problem), None, self.ranks)
-        else:
-            solution = solve_shared(problem, solver, warm.mask, self.ranks)
-        return Solved(problem, warm, solution, strength, fallback, plain, shared)
+            solver = with_held_out_stop(solver, held_out)
+        start = self.settings.start if self.masks is None else Given(self.masks[layer.name])
+        ranks = Ranks() if coupled else self.ranks
+        warm = solve_shared(problem, start, None, ranks)
+        score = solver.group is Group.SCORE
+        solution = solve_shared(problem, solver, None if score else warm.mask, ranks)
+        return Solved(problem, warm, solution, strength, fallback, plain, ranks.count > 1)
 
     def errors(self, solved: Solved, held_out_sums: GramAccumulator | None) -> Tensor:
         """Sums over rows of: output norm, plain error before and after, the same three on held-out text."""
@@ -208,10 +204,10 @@ class LayerSolving:
     ) -> tuple[LayerProblem, LayerProblem, str]:
         """The layer's problem, the same with the paper's error, and why its inputs are not its own, if so."""
         weight = layer.weight.clone()
-        pattern = pattern_of_layer(layer, self.pattern)
+        pattern = self.patterns[layer.name]
         gram: Gram | None = None
         fallback = ""
-        least = least_tokens(layer, self.min_expert_tokens)
+        least = least_tokens(layer, self.settings.min_expert_tokens)
         if sums.tokens < least:
             gram, fallback = fallback_gram(layer, sums, mixture, least)
         if own is None and gram is None:
@@ -242,24 +238,24 @@ class LayerSolving:
         return problem, replace(problem, gram=own, drift=None, metric=None), fallback
 
 
-def pattern_of_layer(layer: PrunableLayer, pattern: str | Mapping[str, str]) -> Pattern:
-    """The pattern of one layer, from one text for all or from its own by name."""
-    if not isinstance(pattern, str):
-        pattern = pattern[layer.name]
-    try:
-        return parse_pattern(pattern, layer.weight.shape[1])
-    except InputError as error:
-        raise type(error)(f"layer {layer.name}: {error}") from error
+def patterns_of(
+    blocks: Sequence[Block], pattern: str | PatternRule | Mapping[str, Pattern]
+) -> dict[str, Pattern]:
+    """The pattern of each layer by name, from one rule for all or as given.
 
-
-def _given(scores: Solver, problem: LayerProblem) -> Given:
-    """The mask of a score, which may look at all rows."""
-    if isinstance(scores, Given):
-        return scores
-    mask = scores.run(problem, None, Budget()).mask
-    if mask is None:
-        raise NoIncumbentError(f"score {scores.name}: expected a mask, found none")
-    return Given(mask)
+    Raises:
+        InvalidPatternError: if it does not fit a layer, which the message names.
+    """
+    if isinstance(pattern, Mapping):
+        return {layer.name: pattern[layer.name] for block in blocks for layer in block.layers}
+    rule = pattern if isinstance(pattern, PatternRule) else PatternRule.parse(pattern)
+    found = {}
+    for layer in (layer for block in blocks for layer in block.layers):
+        try:
+            found[layer.name] = rule.at(layer.weight.shape[1])
+        except InputError as error:
+            raise type(error)(f"layer {layer.name}: {error}") from error
+    return found
 
 
 def _share(error: float, norm: float) -> float:

@@ -13,8 +13,9 @@ input, in one-shot mode those of one block.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,58 +31,65 @@ from ..masks.packing import PackedMasks, masked, unpack_bytes, weight_from
 from ..models.blocks import Block, PrunableLayer
 from ..models.offload import Residence
 from ..problems import GramAccumulator, LayerProblem
-from ..problems.pattern import LayerBudget
+from ..problems.pattern import Coupling, Pattern, PatternRule
 from ..progress import Progress, Silent
 from ..ranks import Ranks
 from ..records.run import LayerRecord
 from ..records.run_database import RunDatabase
-from ..solvers import Solver
-from .layer_solving import LayerSolving, Solved, StepSums, pattern_of_layer
+from ..solvers import Solution
+from .layer_solving import LayerSolving, Solved, StepSums, patterns_of
 from .objective import Objective
-from .settings import Mode
-from .shared_rows import shared_record
+from .settings import Mode, PruneSettings
+from .shared_rows import first_alone, shared_record
+
+OnLayer = Callable[[LayerProblem, Solution], None]
+
+
+@dataclass(frozen=True, eq=False)
+class RunContext:
+    """What a run has around it.
+
+    Attributes:
+        record: finished layers are written here, and taken from here if they are there already; that of the
+            first rank counts.
+        progress: told about every layer.
+        ranks: the processes that share the work, each with the same arguments.
+        store: says where activations are kept; in main memory by default.
+        residence: where the blocks' weights are; in the model by default.
+        on_layer: called on the first rank with each layer's problem and solution, before it is applied.
+    """
+
+    record: RunDatabase = field(default_factory=lambda: RunDatabase(None))
+    progress: Progress = field(default_factory=Silent)
+    ranks: Ranks = field(default_factory=Ranks)
+    store: TensorStore = field(default_factory=TensorStore)
+    residence: Residence = field(default_factory=Residence)
+    on_layer: OnLayer | None = None
 
 
 def prune_layers(
     model: nn.Module,
     blocks: Sequence[Block],
-    pattern: str | Mapping[str, str],
+    settings: PruneSettings,
     calibration: Tensor,
-    solver: Solver,
-    start: Solver,
-    mode: Mode = Mode.SEQUENTIAL,
-    objective: Objective | None = None,
+    *,
+    patterns: Mapping[str, Pattern] | None = None,
     held_out: Tensor | None = None,
-    record: RunDatabase | None = None,
-    progress: Progress | None = None,
     masks: Mapping[str, Tensor] | None = None,
-    ranks: Ranks | None = None,
-    min_expert_tokens: int | None = None,
-    store: TensorStore | None = None,
-    residence: Residence | None = None,
+    context: RunContext | None = None,
 ) -> Mapping[str, Tensor]:
     """Choose and apply a mask for every layer of ``blocks``, in place.
 
     Args:
         model: the dense model; afterwards the pruned one.
         blocks: from ``find_blocks``.
-        pattern: ``0.5``, ``50%``, ``2:4`` or ``layer:0.5``, for all layers or for each by name.
+        settings: pattern, solver, start, mode, objective and min_expert_tokens are used here.
         calibration: token windows (windows, length).
-        solver: chooses the masks.
-        start: warm start of every solver that is not a score; its error is recorded for comparison.
-        mode: one-shot or sequential.
-        objective: what layers are fitted to; the paper's error by default.
+        patterns: of each layer by name, where layers differ from the settings' pattern.
         held_out: token windows on which the layer error is measured as well.
-        record: finished layers are written here, and taken from here if they are there already.
-        progress: told about every layer.
-        masks: warm start of each layer by name instead of ``start``'s, for a solver that changes kept
+        masks: warm start of each layer by name instead of the start's, for a solver that changes kept
             weights; then only layers whose weights the record has count as finished.
-        ranks: the processes that share the work (see ``distributed``), each with the same arguments; the
-            record of the first one counts.
-        min_expert_tokens: experts that fewer calibration tokens reach are pruned by a fallback (see
-            ``experts``); the width of the layer by default.
-        store: says where activations are kept; in main memory by default.
-        residence: where the blocks' weights are; in the model by default.
+        context: record, progress, processes; a record in memory and this process alone by default.
 
     Returns:
         Mask (rows, cols), bool, of each layer by name, read from the record when asked for.
@@ -90,22 +98,21 @@ def prune_layers(
         InputError: for options that do not go together or a pattern that does not fit a layer.
         InvalidModelError: for NaN or Inf in activations, naming the layer.
     """
-    objective = objective or Objective()
-    check_options(blocks, pattern, mode, objective)
+    settings = with_stated_drifts(settings)
+    known = patterns_of(blocks, settings.pattern if patterns is None else patterns)
+    check_options(settings, known.values())
+    context = context or RunContext()
     layers = [layer for block in blocks for layer in block.layers]
-    ranks = ranks or Ranks()
-    database = shared_record(record or RunDatabase(None), ranks)
+    database = shared_record(context.record, context.ranks)
+    if context.ranks.count > 1 and context.ranks.first:
+        _tell_of_first_alone(settings, known)
     with experts_one_by_one(model):
         job = _Job(
             model,
             blocks,
-            LayerSolving(pattern, solver, start, objective, masks, ranks, min_expert_tokens),
-            mode,
-            database,
-            progress or Silent(),
+            LayerSolving(settings, known, masks, context.ranks),
+            replace(context, record=database),
             sum(layer.weight.numel() for layer in layers),
-            store or TensorStore(),
-            residence or Residence(),
         )
         job.run(calibration, held_out)
     shapes = {layer.name: (layer.weight.shape[0], layer.weight.shape[1]) for layer in layers}
@@ -115,32 +122,61 @@ def prune_layers(
     )
 
 
-def check_options(
-    blocks: Sequence[Block], pattern: str | Mapping[str, str], mode: Mode, objective: Objective
-) -> None:
+def with_stated_drifts(settings: PruneSettings) -> PruneSettings:
+    """The settings with the solver's own drift and residual drift where none is stated."""
+    search = settings.solver.drift_by_default and settings.mode is Mode.SEQUENTIAL
+    return replace(settings, objective=settings.objective.resolved(search))
+
+
+def check_options(settings: PruneSettings, patterns: Iterable[Pattern]) -> None:
     """Refuse options that cannot work before any work is done.
 
+    Args:
+        settings: with stated drifts.
+        patterns: of the layers.
+
     Raises:
-        InputError: for options that do not go together or a pattern that does not fit a layer.
+        InputError: for options that do not go together.
     """
-    if objective.needs_dense_stream and mode is Mode.ONE_SHOT:
+    objective, solver = settings.objective, settings.solver
+    if objective.needs_dense_stream and settings.mode is Mode.ONE_SHOT:
         raise InputError(
             "drift needs the inputs of the pruned model: expected sequential mode, found one-shot"
         )
-    for block in blocks:
-        for layer in block.layers:
-            found = pattern_of_layer(layer, pattern)
-            if objective.metric and isinstance(found, LayerBudget):
-                raise InputError(
-                    "the output metric couples rows of equal sparsity: expected a pattern of rows or blocks, "
-                    f"found {pattern}"
-                )
+    if objective.held_out and not solver.covers.held_out_stop:
+        raise InputError(
+            "a held-out share is for rows that stop early: expected a solver with 1-swap search, found "
+            f"{solver!r}"
+        )
+    for pattern in set(patterns):
+        if objective.metric and pattern.couples is not Coupling.BLOCK:
+            raise InputError(
+                "the output metric couples rows of equal sparsity: expected a pattern of rows or blocks, "
+                f"found {settings.pattern}"
+            )
+        if pattern.couples not in solver.covers.couplings:
+            raise InputError(
+                f"solver {solver.name} prunes each row by itself: expected a pattern of rows or blocks, "
+                f"found {settings.pattern}"
+            )
+
+
+def _tell_of_first_alone(settings: PruneSettings, patterns: Mapping[str, Pattern]) -> None:
+    """One line where the processes cannot share the rows."""
+    objective = settings.objective
+    for pattern in sorted(set(patterns.values()), key=str)[:1]:
+        reason = first_alone(pattern, settings.solver, objective.metric, objective.held_out > 0)
+        if reason is not None:
+            warnings.warn(
+                f"layers are solved by the first process alone, the others share windows only: {reason}",
+                stacklevel=3,
+            )
 
 
 def layer_problems(
     model: nn.Module,
     blocks: Sequence[Block],
-    pattern: str,
+    pattern: str | PatternRule,
     calibration: Tensor,
     residence: Residence | None = None,
 ) -> Iterator[LayerProblem]:
@@ -155,9 +191,7 @@ def layer_problems(
         calibration: token windows (windows, length).
         residence: where the blocks' weights are; in the model by default.
     """
-    for block in blocks:
-        for layer in block.layers:
-            pattern_of_layer(layer, pattern)
+    patterns = patterns_of(blocks, pattern)
     residence = residence or Residence()
     with experts_one_by_one(model):
         skip = can_skip(model, blocks, calibration)
@@ -181,7 +215,7 @@ def layer_problems(
                         gram = sums[group[0].name].gram()
                         for layer in group:
                             yield LayerProblem(
-                                layer.weight.clone(), gram, pattern_of_layer(layer, pattern), name=layer.name
+                                layer.weight.clone(), gram, patterns[layer.name], name=layer.name
                             )
 
 
@@ -205,12 +239,8 @@ class _Job:
     model: nn.Module
     blocks: Sequence[Block]
     solving: LayerSolving
-    mode: Mode
-    record: RunDatabase
-    progress: Progress
+    context: RunContext
     total_weights: int
-    store: TensorStore
-    residence: Residence
 
     @property
     def objective(self) -> Objective:
@@ -220,7 +250,12 @@ class _Job:
     @property
     def ranks(self) -> Ranks:
         """The processes that share the work."""
-        return self.solving.ranks
+        return self.context.ranks
+
+    @property
+    def record(self) -> RunDatabase:
+        """Finished layers."""
+        return self.context.record
 
     def run(self, calibration: Tensor, held_out: Tensor | None) -> None:
         skip = self.ranks.from_first(lambda: can_skip(self.model, self.blocks, calibration))
@@ -236,8 +271,8 @@ class _Job:
                 self.blocks,
                 calibration,
                 gradient_batch_size_for(calibration.shape[1]),
-                self.store,
-                lambda done, total: self.progress.stage("output metric", done, total),
+                self.context.store,
+                lambda done, total: self.context.progress.stage("output metric", done, total),
             )
         calibration, checks = _split(calibration, self.objective.held_out_share)
         outputs = None
@@ -247,7 +282,7 @@ class _Job:
         held_out_flow = None if held_out is None else self._flow(held_out, skip)
         check_flow = self._flow(checks, skip) if self.objective.held_out else None
         for block in self.blocks:
-            with self.residence.resident(block):
+            with self.context.residence.resident(block):
                 self._prune_block(block, flow, (flow, held_out_flow, check_flow), moments, outputs)
 
     def _prune_block(
@@ -263,7 +298,7 @@ class _Job:
         steps = flow.steps() if block.layers else []
         writers = flow.writers() if self.objective.residual and block.layers else []
         reading = entries(steps)
-        one_shot = self.mode is Mode.ONE_SHOT
+        one_shot = self.solving.settings.mode is Mode.ONE_SHOT
         if one_shot:
             steps = [Step(tuple(group for step in steps for group in step.inputs))] if steps else []
         for step in steps:
@@ -274,7 +309,7 @@ class _Job:
                     for each in flows
                 ]
                 if self.ranks.first:
-                    warn_of_starved(block, step, sums[0], self.solving.min_expert_tokens)
+                    warn_of_starved(block, step, sums[0], self.solving.settings.min_expert_tokens)
                 seen = StepSums(sums[0], sums[1], sums[2], reading)
             for group in step.inputs:
                 self._prune_group(group, seen, moments, outputs)
@@ -284,7 +319,7 @@ class _Job:
 
     def _flow(self, windows: Tensor, skip: bool) -> Flow:
         dense = self.objective.needs_dense_stream
-        return Flow.of(self.model, self.blocks, windows, skip, dense, self.ranks, self.store)
+        return Flow.of(self.model, self.blocks, windows, skip, dense, self.ranks, self.context.store)
 
     def _prune_group(
         self,
@@ -319,7 +354,7 @@ class _Job:
         calibration = sums.calibration[leader]
         begin = time.perf_counter()
         for layer in todo:
-            self.progress.layer_started(layer.name)
+            self.context.progress.layer_started(layer.name)
         tried: list[tuple[float, list[Solved | None]]] = []
         alone = dict.fromkeys((layer.name for layer in todo), 0.0)  # seconds of its own solver
         own = {layer.name: None if moments is None else moments.take(layer.name) for layer in todo}
@@ -344,6 +379,8 @@ class _Job:
         best = self.ranks.from_first(lambda: min(range(len(tried)), key=lambda i: tried[i][0]))
         shared = (time.perf_counter() - begin - sum(alone.values())) / len(todo)
         for layer, solved in zip(todo, tried[best][1], strict=True):
+            if self.context.on_layer is not None and solved is not None and self.ranks.first:
+                self.context.on_layer(solved.problem, solved.solution)
             seconds = alone[layer.name] + shared
             self._finish(layer, solved, calibration.tokens, sums.held_out.get(leader), seconds)
 
@@ -363,7 +400,7 @@ class _Job:
                 return weight if packed is None else masked(weight, unpack_bytes(packed, weight.shape))
             return weight_from(stored, weight.to(dtype)).to(weight.dtype)  # stored in the run's dtype
 
-        self.residence.change(layer, pruned)
+        self.context.residence.change(layer, pruned)
 
     def _finish(
         self,
@@ -384,7 +421,7 @@ class _Job:
 
     def _report(self, finished: LayerRecord) -> None:
         done = sum(layer.rows * layer.cols for layer in self.record.layers())
-        self.progress.layer_finished(finished, done, self.total_weights)
+        self.context.progress.layer_finished(finished, done, self.total_weights)
 
 
 def _packed(record: RunDatabase, name: str, rows: int) -> Tensor:

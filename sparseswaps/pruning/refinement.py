@@ -46,12 +46,11 @@ from ..masks.packing import masked, pack_mask, unpack_bytes, weight_bytes, weigh
 from ..models.blocks import Block, PrunableLayer
 from ..problems import Drift, GramAccumulator, LayerProblem, output_metric
 from ..problems.metric import DAMPING
-from ..problems.pattern import LayerBudget
+from ..problems.pattern import Coupling, Pattern
 from ..progress import Progress, Silent
 from ..records.run import RefinementStep
 from ..records.run_database import RunDatabase
 from ..solvers import Group, OneSwap, RowSweeps, Solver, solve
-from .layer_solving import pattern_of_layer
 
 # The first μ, what a failed step multiplies it by, and how often it is tried.
 FIRST, FACTOR, TRIES = 2.0, 3.0, 3
@@ -75,7 +74,7 @@ class Refinement:
     steps: tuple[RefinementStep, ...]
 
 
-def check_refinement(blocks: Sequence[Block], patterns: Mapping[str, str], passes: int) -> None:
+def check_refinement(blocks: Sequence[Block], patterns: Mapping[str, Pattern], passes: int) -> None:
     """Refuse what cannot be refined before any work is done.
 
     Raises:
@@ -84,7 +83,7 @@ def check_refinement(blocks: Sequence[Block], patterns: Mapping[str, str], passe
     if passes < 0:
         raise InputError(f"refinement: expected at least 0 passes, found {passes}")
     for layer in (layer for block in blocks for layer in block.layers) if passes else ():
-        if isinstance(pattern_of_layer(layer, patterns), LayerBudget):
+        if patterns[layer.name].couples is not Coupling.BLOCK:
             raise InputError(
                 "refinement sees coupled rows of equal sparsity: expected a pattern of rows or blocks, found "
                 f"{patterns[layer.name]}"
@@ -94,7 +93,7 @@ def check_refinement(blocks: Sequence[Block], patterns: Mapping[str, str], passe
 def refine_masks(
     model: nn.Module,
     blocks: Sequence[Block],
-    patterns: Mapping[str, str],
+    patterns: Mapping[str, Pattern],
     calibration: Tensor,
     dense_outputs: DenseOutputs,
     dense_weights: Mapping[str, Tensor],
@@ -149,7 +148,7 @@ class _Refiner:
 
     model: nn.Module
     blocks: Sequence[Block]
-    patterns: Mapping[str, str]
+    patterns: Mapping[str, Pattern]
     calibration: Tensor
     dense: DenseOutputs
     dense_weights: Mapping[str, Tensor]
@@ -336,4 +335,4 @@ class _Refiner:
         covariance = linear @ torch.linalg.solve(ridge, linear.T)
         covariance = (covariance + covariance.T) / 2
         drift = Drift(linear, covariance.diagonal().clamp_min(0).clone(), covariance)
-        return LayerProblem(weight, gram, pattern_of_layer(layer, self.patterns), drift, metric, layer.name)
+        return LayerProblem(weight, gram, self.patterns[layer.name], drift, metric, layer.name)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..records.run import LayerRecord
+from .settings import PruneSettings
 
 
 @dataclass(frozen=True)
@@ -14,15 +15,14 @@ class PruneReport:
     """Everything that one run found out, ready to be written as JSON.
 
     Attributes:
-        model, pattern, solver, start, mode, objective, allocation: what was asked for.
-        refine: passes of the refinement; loss_start, loss: before and after it (see ``refinement``), None
-            without; refinement_swaps: weights that it exchanged. Layer records are from before it.
-        update: what changed the kept weights of the final masks, None if nothing did; layer records are its.
-        samples, length, seed: calibration windows; calibration_hash: SHA-256 of their tokens.
-        evaluation, evaluation_windows: source and number of evaluation windows, each ``length`` long.
+        model: directory or name; settings: what was asked for, every default resolved.
+        loss_start, loss: before and after the refinement (see ``refinement``), None without;
+            refinement_swaps: weights that it exchanged. Layer records are from before it.
+        calibration_hash: SHA-256 of the calibration windows' tokens.
+        evaluation_windows: number of evaluation windows, each as long as those.
         perplexity_dense, perplexity_pruned: of causal models.
         cosine: mean cosine of pooled embeddings to the dense model's, for the others.
-        layers: one record per layer.
+        layers: one record per layer; where kept weights were updated they are from that pass.
         error_start, error, held_out_error: means over layers of the relative layer errors of the warm
             start and of the result, on calibration and on held-out text (see ``LayerRecord``).
         sparsity: pruned share of the prunable weights.
@@ -33,23 +33,11 @@ class PruneReport:
     """
 
     model: str
-    pattern: str
-    solver: str
-    start: str
-    mode: str
-    objective: str
-    allocation: str
-    refine: int
-    update: str | None
+    settings: PruneSettings
     loss_start: float | None
     loss: float | None
     refinement_swaps: int
-    samples: int
-    length: int
-    seed: int
-    calibration: str
     calibration_hash: str
-    evaluation: str | None
     evaluation_windows: int
     perplexity_dense: float | None
     perplexity_pruned: float | None
@@ -68,5 +56,8 @@ class PruneReport:
     out: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values only."""
-        return asdict(self)
+        """Plain values only; the settings stand beside the rest, by their own names."""
+        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "settings"}
+        found["layers"] = [asdict(layer) for layer in self.layers]
+        found["versions"] = dict(self.versions)
+        return {**self.settings.plain(), **found}

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import InvalidFileError
 from .run import LayerRecord, RefinementStep
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _STEP_COLUMNS = [field.name for field in fields(RefinementStep)]
 _LAYER_COLUMNS = [field.name for field in fields(LayerRecord)]
 
@@ -43,7 +43,8 @@ class RunDatabase:
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, SCHEMA_VERSION):
                 raise InvalidFileError(
-                    f"record {path}: expected schema version {SCHEMA_VERSION}, found {version}"
+                    f"record {path}: expected schema version {SCHEMA_VERSION}, found {version}; a run that "
+                    "another version began is finished by that version, or begun again in an empty directory"
                 )
             with self._transaction() as connection:
                 connection.execute("CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT)")

@@ -6,6 +6,8 @@ pruned and measured. ``study.database`` stores these rows.
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,14 +104,16 @@ class TraceRecord:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """One whole model, pruned and measured (see ``run.PruneReport``).
+    """One whole model, pruned and measured (see ``pruning.PruneReport``).
 
     Attributes:
         unit, study, label, method, start, options, solver, group, seed: as in ``UnitRecord``.
-        model: name; pattern: as asked for; sparsity: achieved; mode, objective,
-        allocation, refine, update: how layers were fitted (see ``run.prune``).
-        calibration, samples, length, calibration_hash: text and windows.
-        evaluation, evaluation_windows: text and windows of the evaluation.
+        model: name.
+        settings: JSON of everything that determines the result, by the names of ``PruneSettings``, texts
+            without their folders; ``option`` reads one.
+        changed: JSON list of the options that were not at their defaults.
+        sparsity: achieved.
+        calibration_hash: of the calibration windows; evaluation_windows: how many the evaluation had.
         status, failure: as in ``UnitRecord``; the figures are None if it failed.
         error_start, error, held_out_error: mean relative layer errors.
         perplexity_dense, perplexity, cosine: measures of the model.
@@ -127,18 +131,10 @@ class ModelRecord:
     group: str
     seed: int
     model: str
-    pattern: str
+    settings: str
+    changed: str
     sparsity: float | None
-    mode: str
-    objective: str
-    allocation: str
-    refine: int
-    update: str
-    calibration: str
-    samples: int
-    length: int
     calibration_hash: str
-    evaluation: str
     evaluation_windows: int
     status: str
     failure: str
@@ -153,6 +149,57 @@ class ModelRecord:
     peak_memory_mb: float
     machine: str
 
+    def option(self, name: str) -> Any:
+        """The option ``name`` of the run's settings, None where it was not set."""
+        return _values(self.settings).get(name)
+
+    def apart(self, *names: str) -> tuple[tuple[str, str], ...]:
+        """Every option but ``names`` and the seed: what tells runs apart, of which means are taken."""
+        values = _values(self.settings)
+        return tuple(
+            (name, json.dumps(values[name])) for name in sorted(values) if name not in (*names, "seed")
+        )
+
+    @property
+    def pattern(self) -> str:
+        """As asked for."""
+        return str(self.option("pattern"))
+
+    @property
+    def mode(self) -> str:
+        """``sequential`` or ``one-shot``."""
+        return str(self.option("mode"))
+
+    @property
+    def objective(self) -> str:
+        """Text of what layers were fitted to."""
+        return str(self.option("objective"))
+
+    @property
+    def calibration(self) -> str:
+        """Name of the calibration text."""
+        return str(self.option("calibration") or "")
+
+    @property
+    def samples(self) -> int:
+        """Calibration windows."""
+        return int(self.option("samples") or 0)
+
+    @property
+    def length(self) -> int:
+        """Tokens per window."""
+        return int(self.option("length") or 0)
+
+    @property
+    def evaluation(self) -> str:
+        """Name of the evaluation text."""
+        return str(self.option("evaluation") or "")
+
+    @property
+    def setting(self) -> tuple[object, ...]:
+        """What a comparison of methods holds fixed: model, pattern and texts."""
+        return (self.model, *(json.dumps(self.option(name)) for name in HELD_FIXED))
+
     @property
     def fitted(self) -> str:
         """How layers were fitted, for people: ``sequential, drift 0.75, metric, refined twice``."""
@@ -161,14 +208,27 @@ class ModelRecord:
     @property
     def extras(self) -> list[str]:
         """What was done beyond the paper's error in every layer at one sparsity."""
+        changed = json.loads(self.changed)
         parts = [] if self.objective == "plain" else [objective_name(self.objective)]
-        if self.allocation != "uniform":
-            parts.append(f"allocation {self.allocation}")
-        if self.refine:
-            parts.append(f"refinement {self.refine}")
-        if self.update:
-            parts.append(f"then {self.update}")
+        for name in changed:
+            if name not in (*HELD_FIXED, *NAMED):
+                words = _WORDS.get(name, name.replace("_", " "))
+                value = self.option(name)
+                shown = " ".join(map(str, value)) if isinstance(value, list) else value
+                parts.append(f"{words} {shown}")
         return parts
+
+
+# Options that a comparison of methods holds fixed, and those that tables name in columns of their own.
+HELD_FIXED = ("pattern", "calibration", "samples", "length", "evaluation", "evaluation_limit")
+NAMED = ("solver", "start", "seed", "mode", "objective")
+_WORDS = {"refine": "refinement", "update": "then"}
+
+
+@functools.cache
+def _values(settings: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads(settings)
+    return found
 
 
 def objective_name(objective: str) -> str:

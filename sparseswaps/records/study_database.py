@@ -33,7 +33,7 @@ from .study import (
     UnitResult,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # Seconds that a process waits for another one's transaction.
 BUSY_TIMEOUT = 60.0
 # Seconds after the hard limit of a unit at which a claim of another machine is given up.
@@ -96,6 +96,7 @@ class StudyDatabase:
             raise InvalidFileError(
                 f"study record {self.path}: expected schema version {SCHEMA_VERSION} of a study, "
                 f"found version {version} with tables {', '.join(sorted(tables)) or 'none'}"
+                + ("; run the study into a new record" if 0 < version < SCHEMA_VERSION else "")
             )
         connection.execute("CREATE TABLE IF NOT EXISTS study (name TEXT PRIMARY KEY, facts TEXT NOT NULL)")
         connection.execute(

@@ -351,7 +351,7 @@ def test_knapsack_measures_masks_alone() -> None:
 
     chosen = [
         allocate(model, blocks, "0.5", windows, Allocation.KNAPSACK, solver)
-        for solver in (ss.OneSwap(), ss.Sequence(ss.OneSwap(), Update()), ss.Sequence(Update()))
+        for solver in (ss.OneSwap(), ss.Chain(ss.OneSwap(), Update()), ss.Chain(Update()))
     ]
     assert chosen[0] == chosen[1]
     assert len(updates) == len(chosen[0]) * len(sparsity_levels(0.5))  # of the last solver alone

@@ -204,7 +204,7 @@ def test_updated_weights_survive_an_interruption(tmp_path: Path) -> None:
     arguments = {"calibration": tmp_path / "text.txt", "samples": 8, "length": 32}
     for name, options in (
         ("after", {"update": ss.Reconstruction()}),
-        ("within", {"solver": ss.Sequence(ss.OneSwap(), ss.Reconstruction())}),
+        ("within", {"solver": ss.Chain(ss.OneSwap(), ss.Reconstruction())}),
     ):
         stop = Stop()
         stop.left = 20 if name == "after" else 5

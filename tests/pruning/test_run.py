@@ -95,7 +95,7 @@ def test_interrupted_runs_resume_to_the_same_masks(
         (ss.Wanda(), Mode.SEQUENTIAL, "plain"),
         (ss.SparseGPT(), Mode.SEQUENTIAL, "plain"),
         (ss.DSnoT(), Mode.SEQUENTIAL, "plain"),
-        (ss.Sequence(ss.OneSwap(), ss.Reconstruction()), Mode.SEQUENTIAL, "plain"),
+        (ss.Chain(ss.OneSwap(), ss.Reconstruction()), Mode.SEQUENTIAL, "plain"),
     ],
 )
 def test_the_default_objective(

@@ -135,7 +135,7 @@ class NeedsAbsent(ss.Solver):
 
     name: ClassVar[str] = "absent"
     group: ClassVar[ss.Group] = ss.Group.LOCAL_SEARCH
-    requires: ClassVar[tuple[str, ...]] = ("no_such_library_at_all",)
+    covers: ClassVar[ss.Covers] = ss.Covers(requires=("no_such_library_at_all",))
 
     def run(self, problem: ss.LayerProblem, init: torch.Tensor | None, budget: ss.Budget) -> ss.Outcome:
         raise AssertionError("never reached")

@@ -37,7 +37,7 @@ def test_agrees_with_all_pairs(family: str, pattern: str) -> None:
 )
 def test_names_a_swap_that_does_what_it_says(family: str, cols: int, seed: int, steps: int) -> None:
     problem = ss.synthetic_layer(family, 2, cols, ss.SparsityPattern((cols + 1) // 2, cols), seed=seed)
-    solution = ss.solve(problem, ss.Sequence(ss.Random(seed), ss.OneSwap(max_swaps=steps)))
+    solution = ss.solve(problem, ss.Chain(ss.Random(seed), ss.OneSwap(max_swaps=steps)))
     found = ss.certify(problem, solution.mask)
     row = torch.arange(2)
     assert solution.mask[row, found.pruned].all()

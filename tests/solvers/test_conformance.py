@@ -93,7 +93,7 @@ def test_local_search_is_never_worse_than_its_start(solver: ss.Solver) -> None:
         solution = ss.solve(problem, solver, init=start)
         # float64 rounding of a row's output is all that may be lost
         slack = 1e-12 * problem.output_norms()
-        if not isinstance(solver, ss.Sequence):  # a sequence starts from its own first member
+        if not isinstance(solver, ss.Chain):  # a sequence starts from its own first member
             assert bool((solution.row_objectives <= start.row_objectives + slack).all()), problem.name
 
 
@@ -169,7 +169,7 @@ def test_max_swaps_is_honest() -> None:
 
 def test_sequence_starts_each_member_from_the_one_before() -> None:
     problem = conformance.problem("correlated", "0.5")
-    chained = ss.solve(problem, ss.Sequence(ss.Magnitude(), ss.OneSwap()))
+    chained = ss.solve(problem, ss.Chain(ss.Magnitude(), ss.OneSwap()))
     by_hand = ss.solve(problem, ss.OneSwap(), init=ss.solve(problem, ss.Magnitude()))
     assert torch.equal(chained.mask, by_hand.mask)
 
@@ -177,16 +177,16 @@ def test_sequence_starts_each_member_from_the_one_before() -> None:
 def test_sequence_changes_weights_only_if_its_last_member_does() -> None:
     problem = conformance.problem("correlated", "0.5")
     swapped = ss.solve(problem, ss.OneSwap())
-    chain = ss.Sequence(ss.OneSwap(), ss.Reconstruction())
+    chain = ss.Chain(ss.OneSwap(), ss.Reconstruction())
     chained, by_hand = ss.solve(problem, chain), ss.solve(problem, ss.Reconstruction(), init=swapped)
     assert chain.group is ss.Group.WEIGHT_UPDATE
     assert torch.equal(chained.weight, by_hand.weight)
     assert chained.objective == by_hand.objective < swapped.objective
-    back = ss.Sequence(ss.Reconstruction(), ss.OneSwap())
+    back = ss.Chain(ss.Reconstruction(), ss.OneSwap())
     assert back.group is ss.Group.LOCAL_SEARCH
     assert ss.solve(problem, back).weight is None
     assert ss.solve(problem, back).objective == swapped.objective
-    assert ss.Sequence(ss.Reconstruction(), ss.Wanda()).group is ss.Group.SCORE
+    assert ss.Chain(ss.Reconstruction(), ss.Wanda()).group is ss.Group.SCORE
 
 
 def test_sequence_under_an_output_metric() -> None:
@@ -196,18 +196,18 @@ def test_sequence_under_an_output_metric() -> None:
     problem = ss.LayerProblem(
         plain.weight, plain.gram, plain.pattern, metric=ss.output_metric(gradients.T @ gradients)
     )
-    chained = ss.solve(problem, ss.Sequence(ss.Magnitude(), ss.OneSwap(), ss.Reconstruction()))
+    chained = ss.solve(problem, ss.Chain(ss.Magnitude(), ss.OneSwap(), ss.Reconstruction()))
     swept = ss.solve(problem, ss.RowSweeps(), init=ss.solve(problem, ss.Magnitude()))
     by_hand = ss.solve(problem, ss.Reconstruction(), init=swept)
     assert torch.equal(chained.weight, by_hand.weight)
     assert chained.objective == by_hand.objective < swept.objective
-    assert not ss.Sequence(ss.OneSwap(), ss.BranchAndBound()).metric
+    assert not ss.Chain(ss.OneSwap(), ss.BranchAndBound()).metric
 
 
 def test_best_of_scores_updated_weights() -> None:
     """A row's choice is scored with the weights that go with it, and brings them along."""
     problem = ss.synthetic_layer("correlated", 32, 16, "0.5")
-    members = [ss.RIA(), ss.Sequence(ss.Random(seed=1), ss.Reconstruction())]
+    members = [ss.RIA(), ss.Chain(ss.Random(seed=1), ss.Reconstruction())]
     each = [ss.solve(problem, member) for member in members]
     best = ss.solve(problem, ss.BestOf(*members))
     objectives = torch.stack([solution.row_objectives for solution in each])

@@ -76,7 +76,7 @@ def test_certified_on_any_layer(
     problem = ss.synthetic_layer(family, rows, cols, ss.SparsityPattern(keep, cols), seed=seed)
     if drift:
         problem = with_drift(problem, drift, seed)
-    random = ss.Sequence(ss.Random(seed), ss.OneSwap(search=search))
+    random = ss.Chain(ss.Random(seed), ss.OneSwap(search=search))
     start = ss.solve(problem, ss.Random(seed)).row_objectives
     assert_optimal(problem, ss.solve(problem, random).mask, start)
 

@@ -136,7 +136,7 @@ def test_time_limit_and_unsupported_solvers() -> None:
             ss.solve(problem, solver)
     with pytest.raises(Exception, match="expected no limit of swaps"):
         ss.solve(problem, ss.OneSwap(max_swaps=3))
-    assert ss.solve(problem, ss.Sequence(ss.Magnitude(), ss.OneSwap())).status is ss.Status.LOCAL_OPTIMUM
+    assert ss.solve(problem, ss.Chain(ss.Magnitude(), ss.OneSwap())).status is ss.Status.LOCAL_OPTIMUM
 
 
 def test_pattern() -> None:

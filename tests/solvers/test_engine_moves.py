@@ -133,11 +133,11 @@ def test_tabu_equals_the_reference(pattern: str) -> None:
 def test_quality_on_correlated_layers() -> None:
     problem = ss.synthetic_layer("correlated", 24, 768, "0.5", seed=4, tokens=1536)
     descent = ss.solve(problem, ss.OneSwap()).objective
-    greedy = ss.solve(problem, ss.Sequence(ss.Greedy(), ss.OneSwap())).objective
+    greedy = ss.solve(problem, ss.Chain(ss.Greedy(), ss.OneSwap())).objective
     walk = ss.solve(problem, ss.Tabu()).objective
     assert greedy < 0.975 * descent
     assert walk < 0.95 * descent
-    assert ss.solve(problem, ss.Sequence(ss.Greedy(), ss.Tabu())).objective < min(greedy, walk)
+    assert ss.solve(problem, ss.Chain(ss.Greedy(), ss.Tabu())).objective < min(greedy, walk)
 
 
 def test_same_mask_for_any_threads() -> None:

@@ -36,7 +36,7 @@ class NeedsAbsent(ss.Solver):
 
     name: ClassVar[str] = "absent"
     group: ClassVar[ss.Group] = ss.Group.EXACT
-    requires: ClassVar[tuple[str, ...]] = ("no_such_library_at_all",)
+    covers: ClassVar[ss.Covers] = ss.Covers(requires=("no_such_library_at_all",))
 
     def run(self, problem: ss.LayerProblem, init: Tensor | None, budget: ss.Budget) -> ss.Outcome:
         raise AssertionError("never reached")
@@ -83,11 +83,11 @@ def test_solvers_from_text() -> None:
     assert parse_solver("ria:alpha=1") == ss.RIA(alpha=1.0)
     assert parse_solver("one-swap:max_swaps=5,search=best") == ss.OneSwap(max_swaps=5, search="best")
     assert parse_solver("one-swap:max-swaps=none") == ss.OneSwap()
-    assert parse_solver("one-swap+reconstruction") == ss.Sequence(ss.OneSwap(), ss.Reconstruction())
+    assert parse_solver("one-swap+reconstruction") == ss.Chain(ss.OneSwap(), ss.Reconstruction())
     assert parse_solver("ria:alpha=1 + one-swap:max_swaps=5,search=best + reconstruction:damping=1e-2") == (
-        ss.Sequence(ss.RIA(1.0), ss.OneSwap(max_swaps=5, search="best"), ss.Reconstruction(damping=0.01))
+        ss.Chain(ss.RIA(1.0), ss.OneSwap(max_swaps=5, search="best"), ss.Reconstruction(damping=0.01))
     )
-    assert parse_solver("ria:alpha=1e+0+one-swap") == ss.Sequence(ss.RIA(1.0), ss.OneSwap())
+    assert parse_solver("ria:alpha=1e+0+one-swap") == ss.Chain(ss.RIA(1.0), ss.OneSwap())
     for text, message in [
         ("nothing", "unknown solver: expected one of"),
         ("ria:beta=1", "expected option=value with one of alpha, found 'beta=1'"),
