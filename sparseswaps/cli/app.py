@@ -1,7 +1,7 @@
 """Commands, and how a failed one ends: one sentence on standard error and a non-zero exit code.
 
-A command's module, and with it torch and transformers, is imported when the command is called: ``--help`` and a
-mistyped command answer at once.
+A command's module, and with it torch and transformers, is imported when the command is called: ``--help``
+and a mistyped command answer at once.
 """
 
 from __future__ import annotations
