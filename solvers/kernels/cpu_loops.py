@@ -46,8 +46,6 @@ PAIR_CHUNK = 16
 PROBES = 16
 # Levels of s for the bounds of a whole line.
 LEVELS = 32
-# s is enlarged by this share so that the bound holds for rounded products in float32.
-BOUND_SLACK = 1e-5
 # Products of at most this many pruned weights are summed before they go to float64, over so many columns
 # at once that the partial sums stay in the first cache and the rows of R in the second.
 SPAN = 128
