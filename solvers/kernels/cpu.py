@@ -19,7 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu_loops import Array, best_swaps_of_tile, descend_tile, exchange_loop, prune_tile
+from .cpu_loops.compilation import Array
+from .cpu_loops.descent import best_swaps_of_tile, descend_tile
+from .cpu_loops.exchanges import exchange_loop
+from .cpu_loops.greedy import prune_tile
 from .interface import BestSwaps, Descent, DescentOptions, ScaledProblem, unsolved
 
 # Rows that share one pass over R; fewer when there are few rows or when time is short.
