@@ -16,11 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import sparseswaps as ss
-from sparseswaps.calibration import calibration_windows
+from sparseswaps.calibration.gradients import gradient_moments
+from sparseswaps.calibration.windows import calibration_windows
 from sparseswaps.demo import MODEL
-from sparseswaps.gradients import gradient_moments
-from sparseswaps.loading import load_model
-from sparseswaps.models import find_blocks
+from sparseswaps.models.blocks import find_blocks
+from sparseswaps.models.loading import load_model
 
 SIZES = ((2, 16), (4, 16), (4, 24), (8, 16))
 SECONDS = 20.0

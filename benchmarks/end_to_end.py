@@ -27,8 +27,8 @@ import transformers
 from output import publish
 
 import sparseswaps as ss
-from sparseswaps.prune_report import peak_memory_mb
-from sparseswaps.records import LayerRecord
+from sparseswaps.machine import peak_memory_mb
+from sparseswaps.records.run import LayerRecord
 
 HIDDEN, FEED_FORWARD, HEADS, KEY_VALUE_HEADS, BLOCKS, VOCABULARY = 4096, 14336, 32, 8, 32, 128_256
 

@@ -134,9 +134,9 @@ def measure(problem: ss.LayerProblem, args: argparse.Namespace) -> list[str]:
         "1-swap best, 100 swaps": ss.OneSwap(PAPER_SWAPS, search="best"),
         "1-swap lazy, 100 swaps": ss.OneSwap(PAPER_SWAPS),
         "greedy": ss.Greedy(),
-        "greedy, then 1-swap lazy": ss.Sequence(ss.Greedy(), ss.OneSwap()),
+        "greedy, then 1-swap lazy": ss.Chain(ss.Greedy(), ss.OneSwap()),
         "tabu": ss.Tabu(),
-        "greedy, then tabu": ss.Sequence(ss.Greedy(), ss.Tabu()),
+        "greedy, then tabu": ss.Chain(ss.Greedy(), ss.Tabu()),
     }
     base: Timing | None = None
 

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 import sparseswaps as ss
-from sparseswaps.calibration import calibration_windows
-from sparseswaps.loading import load_model
-from sparseswaps.models import find_blocks
-from sparseswaps.pipeline import layer_problems
+from sparseswaps.calibration.windows import calibration_windows
+from sparseswaps.models.blocks import find_blocks
+from sparseswaps.models.loading import load_model
+from sparseswaps.pruning.pipeline import layer_problems
 from sparseswaps.solvers.bounds import RowSplit
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -200,7 +200,7 @@ def run_gaps(layers: dict[str, Layer], few: int, limit: float) -> str:
         ("magnitude", ss.Magnitude()),
         ("RIA", ss.RIA()),
         ("1-swap from Wanda", ss.OneSwap()),
-        ("greedy + 1-swap", ss.Sequence(ss.Greedy(), ss.OneSwap())),
+        ("greedy + 1-swap", ss.Chain(ss.Greedy(), ss.OneSwap())),
         ("tabu", ss.Tabu()),
         ("iterated local search", ss.IteratedLocalSearch()),
     ]

@@ -24,10 +24,10 @@ import torch
 from output import publish
 
 import sparseswaps as ss
-from sparseswaps.calibration import calibration_windows
-from sparseswaps.gradients import gradient_moments
-from sparseswaps.loading import load_model
-from sparseswaps.models import find_blocks
+from sparseswaps.calibration.gradients import gradient_moments
+from sparseswaps.calibration.windows import calibration_windows
+from sparseswaps.models.blocks import find_blocks
+from sparseswaps.models.loading import load_model
 from sparseswaps.solvers import least_squares
 from sparseswaps.study.problems import resolve_model
 

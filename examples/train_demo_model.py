@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparseswaps.corpus import standard_library_text
+from sparseswaps.calibration.corpus import standard_library_text
 
 VOCABULARY = 4096
 CONTEXT = 512

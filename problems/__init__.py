@@ -5,17 +5,19 @@ from .files import load_instance, save_instance
 from .gram import Gram, GramAccumulator
 from .layer import Drift, LayerProblem
 from .metric import CoupledErrors, coupled_row, output_metric
-from .pattern import LayerBudget, Pattern, SparsityPattern, parse_pattern
+from .pattern import Coupling, LayerBudget, Pattern, PatternRule, SparsityPattern, parse_pattern
 from .synthetic import synthetic_activations, synthetic_layer
 
 __all__ = [
     "CoupledErrors",
+    "Coupling",
     "Drift",
     "Gram",
     "GramAccumulator",
     "LayerBudget",
     "LayerProblem",
     "Pattern",
+    "PatternRule",
     "SparsityPattern",
     "coupled_row",
     "export_row",

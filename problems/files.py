@@ -50,7 +50,7 @@ def save_instance(
             {
                 "keep": problem.pattern.keep,
                 "block": problem.pattern.block,
-                "scope": problem.pattern.scope,
+                "scope": problem.pattern.couples.value,
             }
         ),
         "name": problem.name,

@@ -110,7 +110,7 @@ class LayerProblem:
     Args:
         weight: ``W`` (rows, cols); half precision is widened to float32.
         gram: ``G`` (cols, cols), a ``Gram`` or a tensor that becomes one.
-        pattern: which masks are allowed.
+        pattern: which masks are allowed, a ``Pattern`` or its text such as ``0.5`` or ``2:4``.
         drift: optional linear and constant term of the error.
         metric: optional output metric ``S`` (rows, rows), positive definite; see ``output_metric``.
         name: shown in messages and reports.
@@ -183,7 +183,9 @@ class LayerProblem:
                 f"the Gram matrix of {label} is (cols, cols): expected ({cols}, {cols}), "
                 f"found ({gram.cols}, {gram.cols})"
             )
-        self.pattern.check_cols(cols)
+        pattern = self.pattern if isinstance(self.pattern, Pattern) else Pattern.parse(self.pattern, cols)
+        pattern.check_cols(cols)
+        object.__setattr__(self, "pattern", pattern)
         object.__setattr__(self, "weight", weight)
         object.__setattr__(self, "gram", gram.to(weight.device))
         if self.drift is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import InvalidProblemError
 from .gram import Gram
 from .layer import Drift, LayerProblem
-from .pattern import LayerBudget, SparsityPattern
+from .pattern import Coupling, SparsityPattern
 
 # The share of the mean diagonal that is added to the second moment: 0.02 to 0.5 change perplexity by 1 %.
 DAMPING = 0.1
@@ -56,7 +56,7 @@ def coupled_row(problem: LayerProblem) -> LayerProblem:
     Raises:
         InvalidProblemError: for a budget of the whole layer.
     """
-    if isinstance(problem.pattern, LayerBudget):
+    if problem.pattern.couples is not Coupling.BLOCK:
         raise InvalidProblemError(
             f"a coupled row has blocks: expected a pattern of rows or blocks, found {problem.pattern}"
         )

@@ -1,14 +1,17 @@
 """Sparsity patterns: which masks are allowed.
 
-A pattern keeps exactly ``keep`` of every ``block`` consecutive weights of a row. Per-row sparsity
-is one block as wide as the row; N:M is ``keep = N``, ``block = M``. In a mask True means kept.
+A pattern keeps ``keep`` of ``block`` weights: of every block of a row, or of all rows of a layer together.
+What shares one budget is its *coupling*; a new kind of pattern is a subclass of ``Pattern`` with a coupling
+of its own, and solvers say in ``Covers`` which couplings they cover. In a mask True means kept.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import ClassVar
 
 import torch
@@ -17,18 +20,74 @@ from torch import Tensor
 from ..errors import InvalidPatternError
 
 
+class Coupling(StrEnum):
+    """Which weights share one budget; the value is what files store as the pattern's scope."""
+
+    BLOCK = "block"
+    """A block of a row, or the whole row: rows are solved one by one."""
+    LAYER = "layer"
+    """All weights of a layer: a row may keep more for others to keep less."""
+
+
 @dataclass(frozen=True)
-class SparsityPattern:
+class Pattern(ABC):
+    """Which masks are allowed.
+
+    Args:
+        keep: weights kept of ``block``.
+        block: weights that are counted together.
+
+    Class attributes:
+        couples: what shares one budget.
+    """
+
+    couples: ClassVar[Coupling]
+
+    keep: int
+    block: int
+
+    @staticmethod
+    def parse(text: str, cols: int) -> Pattern:
+        """Read ``0.5``, ``50%``, ``2:4`` or ``layer:0.5`` for rows of ``cols`` weights.
+
+        Raises:
+            InvalidPatternError: if the text is none of these or does not fit ``cols``.
+        """
+        return PatternRule.parse(text).at(cols)
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned share of the weights, in (0, 1)."""
+        return 1 - self.keep / self.block
+
+    @abstractmethod
+    def check_cols(self, cols: int) -> None:
+        """Raise ``InvalidPatternError`` unless the pattern fits rows of ``cols`` weights."""
+
+    @abstractmethod
+    def is_per_row(self, cols: int) -> bool:
+        """Whether each row of ``cols`` weights has one budget of its own."""
+
+    @abstractmethod
+    def top_k(self, scores: Tensor) -> Tensor:
+        """The allowed mask (rows, cols) of the largest summed score, the same on every device."""
+
+    @abstractmethod
+    def allows(self, mask: Tensor) -> bool:
+        """Whether ``mask`` (rows, cols) has the pattern."""
+
+
+@dataclass(frozen=True)
+class SparsityPattern(Pattern):
     """Keep exactly ``keep`` of every ``block`` consecutive weights of a row.
+
+    Per-row sparsity is one block as wide as the row; N:M is ``keep = N``, ``block = M``.
 
     Raises:
         InvalidPatternError: unless 0 < keep < block.
     """
 
-    scope: ClassVar[str] = "block"
-
-    keep: int
-    block: int
+    couples: ClassVar[Coupling] = Coupling.BLOCK
 
     def __post_init__(self) -> None:
         if not 0 < self.keep < self.block:
@@ -44,10 +103,7 @@ class SparsityPattern:
         Raises:
             InvalidPatternError: if ``sparsity`` is outside (0, 1) or prunes nothing of ``cols``.
         """
-        if not (math.isfinite(sparsity) and 0 < sparsity < 1):
-            raise InvalidPatternError(
-                f"sparsity is the pruned share of a row: expected 0 < sparsity < 1, found {sparsity:g}"
-            )
+        _check_share(sparsity)
         pruned = int(cols * sparsity)
         if pruned == 0:
             raise InvalidPatternError(
@@ -61,28 +117,19 @@ class SparsityPattern:
         """Keep N of every M consecutive weights (2:4 keeps two of four)."""
         return cls(keep=n, block=m)
 
-    @classmethod
-    def parse(cls, text: str, cols: int) -> SparsityPattern:
+    @staticmethod
+    def parse(text: str, cols: int) -> SparsityPattern:
         """Read ``0.5``, ``50%`` or ``2:4`` for rows of ``cols`` weights.
 
         Raises:
             InvalidPatternError: if the text is none of these or does not fit ``cols``.
         """
-        text = text.strip()
-        if match := re.fullmatch(r"(\d+):(\d+)", text):
-            pattern = cls.n_m(int(match[1]), int(match[2]))
-            pattern.check_cols(cols)
-            return pattern
-        if match := re.fullmatch(r"([+-]?[\d.]+(?:[eE][+-]?\d+)?)(\s*%)?", text):
-            try:
-                value = float(match[1])
-            except ValueError:
-                value = math.nan
-            if not math.isnan(value):
-                return cls.per_row(cols, value / 100 if match[2] else value)
-        raise InvalidPatternError(
-            f"a pattern is a share of pruned weights or N:M: expected 0.5, 50% or 2:4, found {text!r}"
-        )
+        pattern = Pattern.parse(text, cols)
+        if not isinstance(pattern, SparsityPattern):
+            raise InvalidPatternError(
+                f"a pattern is a share of pruned weights or N:M: expected 0.5, 50% or 2:4, found {text!r}"
+            )
+        return pattern
 
     def check_cols(self, cols: int) -> None:
         """Raise ``InvalidPatternError`` unless rows of ``cols`` weights divide into blocks."""
@@ -91,11 +138,6 @@ class SparsityPattern:
                 f"pattern {self} needs rows that divide into blocks of {self.block}: "
                 f"expected a multiple of {self.block} columns, found {cols}"
             )
-
-    @property
-    def sparsity(self) -> float:
-        """Pruned share of the weights, in (0, 1)."""
-        return 1 - self.keep / self.block
 
     def is_per_row(self, cols: int) -> bool:
         """Whether one block spans a whole row of ``cols`` weights."""
@@ -127,7 +169,7 @@ class SparsityPattern:
 
 
 @dataclass(frozen=True)
-class LayerBudget:
+class LayerBudget(Pattern):
     """Keep exactly ``keep · rows`` weights of a layer of ``block`` columns, however they fall on the rows.
 
     Equal sparsity per layer instead of per row: rows that need more weights take them from others, and
@@ -141,10 +183,7 @@ class LayerBudget:
         InvalidPatternError: unless 0 < keep < block.
     """
 
-    scope: ClassVar[str] = "layer"
-
-    keep: int
-    block: int
+    couples: ClassVar[Coupling] = Coupling.LAYER
 
     def __post_init__(self) -> None:
         if not 0 < self.keep < self.block:
@@ -153,21 +192,20 @@ class LayerBudget:
                 f"expected 0 < keep < {self.block}, found keep = {self.keep}"
             )
 
-    @classmethod
-    def parse(cls, text: str, cols: int) -> LayerBudget:
+    @staticmethod
+    def parse(text: str, cols: int) -> LayerBudget:
         """Read ``layer:0.5`` or ``layer:50%`` for rows of ``cols`` weights.
 
         Raises:
             InvalidPatternError: if the text is neither or does not fit ``cols``.
         """
-        kind, colon, share = text.strip().partition(":")
-        if kind != "layer" or not colon or ":" in share:
+        pattern = Pattern.parse(text, cols)
+        if not isinstance(pattern, LayerBudget):
             raise InvalidPatternError(
                 f"a layer budget is layer: and a share of pruned weights: expected layer:0.5 or layer:50%, "
                 f"found {text!r}"
             )
-        row = SparsityPattern.parse(share, cols)
-        return cls(row.keep, row.block)
+        return pattern
 
     def check_cols(self, cols: int) -> None:
         """Raise ``InvalidPatternError`` unless rows have as many columns as the budget."""
@@ -175,11 +213,6 @@ class LayerBudget:
             raise InvalidPatternError(
                 f"pattern {self} is for one layer: expected {self.block} columns, found {cols}"
             )
-
-    @property
-    def sparsity(self) -> float:
-        """Pruned share of the weights, in (0, 1)."""
-        return 1 - self.keep / self.block
 
     def is_per_row(self, cols: int) -> bool:
         """False: the rows share one budget."""
@@ -203,20 +236,92 @@ class LayerBudget:
         return f"layer {self.keep}:{self.block}"
 
 
-Pattern = SparsityPattern | LayerBudget
+@dataclass(frozen=True)
+class PatternRule:
+    """A pattern as people write it, before the width of a layer is known; ``str`` gives the text back.
+
+    Args:
+        text: what was written.
+        couples: what shares one budget.
+        share: pruned share of a row or a layer; None for N:M.
+        n_m: N and M; None for a share.
+    """
+
+    text: str
+    couples: Coupling
+    share: float | None
+    n_m: tuple[int, int] | None
+
+    @classmethod
+    def parse(cls, text: str) -> PatternRule:
+        """Read ``0.5``, ``50%``, ``2:4`` or ``layer:0.5``.
+
+        Raises:
+            InvalidPatternError: if the text is none of these.
+        """
+        stripped = text.strip()
+        if match := re.fullmatch(r"(\d+):(\d+)", stripped):
+            SparsityPattern.n_m(int(match[1]), int(match[2]))
+            return cls(stripped, Coupling.BLOCK, None, (int(match[1]), int(match[2])))
+        match = re.fullmatch(r"(layer:)?([+-]?[\d.]+(?:[eE][+-]?\d+)?)(\s*%)?", stripped)
+        try:
+            value = math.nan if match is None else float(match[2])
+        except ValueError:
+            value = math.nan
+        if match is None or math.isnan(value):
+            raise InvalidPatternError(
+                "a pattern is a share of pruned weights or N:M: expected 0.5, 50%, 2:4 or layer:0.5, "
+                f"found {text!r}"
+            )
+        share = value / 100 if match[3] else value
+        _check_share(share)
+        return cls(stripped, Coupling.LAYER if match[1] else Coupling.BLOCK, share, None)
+
+    @classmethod
+    def of_share(cls, share: float) -> PatternRule:
+        """The pruned share of every row."""
+        return cls.parse(repr(share))
+
+    def at(self, cols: int) -> Pattern:
+        """The pattern of rows of ``cols`` weights.
+
+        Raises:
+            InvalidPatternError: if it does not fit them.
+        """
+        if self.n_m is not None:
+            pattern = SparsityPattern.n_m(*self.n_m)
+            pattern.check_cols(cols)
+            return pattern
+        row = SparsityPattern.per_row(cols, self.share or 0.0)
+        return LayerBudget(row.keep, row.block) if self.couples is Coupling.LAYER else row
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _check_share(share: float) -> None:
+    if not (math.isfinite(share) and 0 < share < 1):
+        raise InvalidPatternError(
+            f"sparsity is the pruned share of a row: expected 0 < sparsity < 1, found {share:g}"
+        )
 
 
 def pattern_of(keep: int, block: int, scope: str) -> Pattern:
-    """The pattern whose fields and scope these are, as files store them."""
-    return LayerBudget(keep, block) if scope == LayerBudget.scope else SparsityPattern(keep, block)
+    """The pattern whose fields and coupling these are, as files store them.
+
+    Raises:
+        InvalidPatternError: if there is no such coupling or the fields do not fit it.
+    """
+    kinds = {kind.couples.value: kind for kind in (SparsityPattern, LayerBudget)}
+    if scope not in kinds:
+        raise InvalidPatternError(f"scope of a pattern: expected {' or '.join(kinds)}, found {scope!r}")
+    return kinds[scope](keep, block)
 
 
 def parse_pattern(text: str, cols: int) -> Pattern:
-    """Read ``0.5``, ``50%``, ``2:4`` or ``layer:0.5`` for rows of ``cols`` weights.
+    """Read ``0.5``, ``50%``, ``2:4`` or ``layer:0.5`` for rows of ``cols`` weights (``Pattern.parse``).
 
     Raises:
         InvalidPatternError: if the text is none of these or does not fit ``cols``.
     """
-    if text.strip().startswith("layer:"):
-        return LayerBudget.parse(text, cols)
-    return SparsityPattern.parse(text, cols)
+    return Pattern.parse(text, cols)

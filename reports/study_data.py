@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ..study_records import StudyRows, TraceRecord, UnitRecord
+from ..records.study import StudyRows, TraceRecord, UnitRecord
 from .statistics import Floats, gap
 
 Ints = NDArray[np.int64]

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ..study_records import ModelRecord, StudyRows, UnitRecord
-from .ablations import calibration_section, convergence_section, warm_start_section
-from .interaction import interaction_section
-from .model_results import model_sections
-from .objectives import objective_sections
-from .optimality import bounds_section, optimality_section
+from ..records.study import ModelRecord, StudyRows, UnitRecord
 from .page import Fact, Section, build_page
+from .sections.ablations import calibration_section, convergence_section, warm_start_section
+from .sections.interaction import interaction_section
+from .sections.model_results import model_sections
+from .sections.objectives import objective_sections
+from .sections.optimality import bounds_section, optimality_section
+from .sections.timing import cost_section, timing_section
 from .statistics import compare, gap
 from .study_data import PROVEN, StudyData, pattern_name, pattern_order
 from .tables import Column, Row, Table
-from .timing import cost_section, timing_section
 
 # Failures whose reasons are listed.
 LISTED_FAILURES = 20

@@ -1,28 +1,30 @@
 """How layer problems are solved: one algorithm per file, named as its paper names it."""
 
-from .additive_swap import AdditiveSwap
-from .admm import ADMM
-from .alternating_reconstruction import AlternatingReconstruction
-from .base import Budget, Group, Outcome, Solution, Solver, Status, TracePoint, solve
+import warnings
+
+from .base import Budget, Covers, Group, Outcome, Solution, Solver, Status, TracePoint, solve
 from .bounds import CorrEigenvalue, Dnn, LayerBound, Naive, Qcr, RowSplit, Sdp, SharedSplit, bound
-from .branch_and_bound import BranchAndBound
-from .certificate import Certificate, certify
-from .compose import BestOf, Sequence
-from .dsnot import DSnoT
-from .enumeration import Enumeration
-from .greedy import Greedy
-from .gurobi import Gurobi
-from .held_out_stop import HeldOutStop
-from .highs import HiGHS
-from .iterated_local_search import IteratedLocalSearch
-from .one_swap import OneSwap
-from .reconstruction import Reconstruction
+from .compose import BestOf, Chain
+from .exact.branch_and_bound import BranchAndBound
+from .exact.enumeration import Enumeration
+from .exact.gurobi import Gurobi
+from .exact.highs import HiGHS
+from .exact.scip import SCIP
 from .registry import SOLVERS
 from .row_sweeps import RowSweeps
-from .scip import SCIP
 from .scores import RIA, Magnitude, Random, Wanda
-from .sparsegpt import SparseGPT
-from .tabu import Tabu
+from .search.additive_swap import AdditiveSwap
+from .search.certificate import Certificate, certify
+from .search.dsnot import DSnoT
+from .search.greedy import Greedy
+from .search.held_out_stop import HeldOutStop
+from .search.iterated_local_search import IteratedLocalSearch
+from .search.one_swap import OneSwap
+from .search.tabu import Tabu
+from .updates.admm import ADMM
+from .updates.alternating_reconstruction import AlternatingReconstruction
+from .updates.reconstruction import Reconstruction
+from .updates.sparsegpt import SparseGPT
 
 __all__ = [
     "ADMM",
@@ -35,7 +37,9 @@ __all__ = [
     "BranchAndBound",
     "Budget",
     "Certificate",
+    "Chain",
     "CorrEigenvalue",
+    "Covers",
     "DSnoT",
     "Dnn",
     "Enumeration",
@@ -56,7 +60,6 @@ __all__ = [
     "RowSplit",
     "RowSweeps",
     "Sdp",
-    "Sequence",
     "SharedSplit",
     "Solution",
     "Solver",
@@ -69,3 +72,10 @@ __all__ = [
     "certify",
     "solve",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "Sequence":
+        warnings.warn("solvers.Sequence is called Chain now", FutureWarning, stacklevel=2)
+        return Chain
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,7 +26,7 @@ from ..errors import (
     UnsupportedProblemError,
 )
 from ..problems.layer import LayerProblem
-from ..problems.pattern import LayerBudget
+from ..problems.pattern import Coupling
 
 # Bounds and objectives are computed in float64 by different routes; more than this is a false proof.
 BOUND_TOLERANCE = 1e-6
@@ -52,6 +52,46 @@ class Status(StrEnum):
     NODE_LIMIT = "node_limit"
     MEMORY_LIMIT = "memory_limit"
     INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True)
+class Covers:
+    """What a solver can do, declared once as a value; wrappers combine those of their members with ``&``.
+
+    Attributes:
+        couplings: what may share one budget in the pattern (see ``problems.pattern``).
+        metric: whether it accepts an output metric: it minimises the coupled error, or looks at none.
+        rows_alone: whether what it finds for a row depends, bit for bit, on that row, the Gram matrix and the
+            options alone, so that processes may share a layer's rows. Seeds of random numbers that run
+            through the rows and products of all rows at once (whose rounding depends on how many there are)
+            do not.
+        requires: libraries that it imports, by module name.
+        drift_by_default: whether a search is run with drift where nothing else is asked for; of scores and
+            weight updates, which never are, it says nothing.
+        held_out_stop: whether it can stop a row where held-out data say so (see ``held_out_stop``).
+    """
+
+    couplings: frozenset[Coupling] = frozenset({Coupling.BLOCK})
+    metric: bool = False
+    rows_alone: bool = True
+    requires: tuple[str, ...] = ()
+    drift_by_default: bool = True
+    held_out_stop: bool = False
+
+    def __and__(self, other: Covers) -> Covers:
+        """What both cover, with what either requires."""
+        return Covers(
+            self.couplings & other.couplings,
+            self.metric and other.metric,
+            self.rows_alone and other.rows_alone,
+            tuple(dict.fromkeys(self.requires + other.requires)),
+            self.drift_by_default and other.drift_by_default,
+            self.held_out_stop and other.held_out_stop,
+        )
+
+
+# Couplings of solvers that also take the budget of a whole layer.
+ANY_COUPLING = frozenset(Coupling)
 
 
 @dataclass(frozen=True)
@@ -167,34 +207,74 @@ def relative_gap(objective: Tensor, bound: Tensor) -> Tensor:
 class Solver(ABC):
     """One algorithm. Concrete solvers are final frozen dataclasses whose fields are their options.
 
+    ``group`` and ``covers`` are class attributes, or properties where they depend on the fields.
+
     Class attributes:
         name: what the command line calls it.
         group: what kind of method it is.
-        requires: libraries that it imports, by module name.
-        layer_budget: whether it covers patterns whose rows share one budget.
-        metric: whether it accepts an output metric: minimises the coupled error, or is a score.
-        drift_by_default: whether models are pruned with drift where nothing else is asked for.
+        covers: what it can do.
     """
 
     name: ClassVar[str]
-    group: ClassVar[Group]
-    requires: ClassVar[tuple[str, ...]] = ()
-    layer_budget: ClassVar[bool] = False
-    metric: ClassVar[bool] = False
 
     @property
-    def drift_by_default(self) -> bool:
-        """Searches are, where they look at the drift; scores and weight updates are not."""
-        return self.group in (Group.LOCAL_SEARCH, Group.EXACT)
+    @abstractmethod
+    def group(self) -> Group:
+        """What kind of method it is."""
+
+    @property
+    def covers(self) -> Covers:
+        """What it can do: rows one by one, without output metric, unless it says otherwise."""
+        return Covers()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for old in ("requires", "layer_budget", "metric"):
+            if old in vars(cls):
+                raise TypeError(f"solver {cls.__name__}: expected {old} as part of covers = Covers(...)")
 
     @abstractmethod
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
         """Solve ``problem``, from the mask ``init`` (rows, cols) if one is given."""
 
-    @classmethod
-    def missing(cls) -> tuple[str, ...]:
+    @property
+    def drift_by_default(self) -> bool:
+        """Whether models are pruned with drift where nothing else is asked for: searches that look at it."""
+        return self.group in (Group.LOCAL_SEARCH, Group.EXACT) and self.covers.drift_by_default
+
+    def missing(self) -> tuple[str, ...]:
         """Required libraries that are not installed."""
-        return tuple(name for name in cls.requires if importlib.util.find_spec(name) is None)
+        return tuple(name for name in self.covers.requires if importlib.util.find_spec(name) is None)
+
+
+def check_covered(problem: LayerProblem, solver: Solver) -> None:
+    """Refuse a solver that cannot run here or does not cover what the problem has.
+
+    Raises:
+        SolverNotInstalledError: if a library is missing.
+        UnsupportedProblemError: naming solver, problem and the missing part.
+    """
+    if missing := solver.missing():
+        raise SolverNotInstalledError(
+            f"solver {solver.name} needs {' and '.join(missing)}: expected it to be installed, "
+            f"found none; run pip install {' '.join(missing)}"
+        )
+    label = f"layer {problem.name!r}" if problem.name else "a layer"
+    covers = solver.covers
+    if problem.pattern.couples not in covers.couplings:
+        wanted = " or ".join(_COUPLED[each] for each in Coupling if each in covers.couplings)
+        raise UnsupportedProblemError(
+            f"solver {solver.name} on {label}: expected a pattern whose budget is that of {wanted}, found "
+            f"the budget of {_COUPLED[problem.pattern.couples]} ({problem.pattern})"
+        )
+    if problem.metric is not None and not covers.metric:
+        raise UnsupportedProblemError(
+            f"solver {solver.name} on {label} sees each row alone: expected no output metric, found one; use "
+            "RowSweeps(solver), or coupled_row(problem), which states the layer as one row"
+        )
+
+
+_COUPLED = {Coupling.BLOCK: "a row or block", Coupling.LAYER: "a whole layer"}
 
 
 def solve(
@@ -214,25 +294,11 @@ def solve(
     Raises:
         InvalidProblemError: if ``init`` does not fit.
         SolverNotInstalledError: if a library is missing.
-        UnsupportedProblemError: if the solver does not cover the pattern.
+        UnsupportedProblemError: if the solver does not cover the pattern or the output metric.
         NoIncumbentError: if a limit was reached before any mask was found.
         InvalidOutcomeError: if the solver's mask or bound does not hold what it claims.
     """
-    if missing := solver.missing():
-        raise SolverNotInstalledError(
-            f"solver {solver.name} needs {' and '.join(missing)}: expected it to be installed, "
-            f"found none; run pip install {' '.join(missing)}"
-        )
-    if isinstance(problem.pattern, LayerBudget) and not solver.layer_budget:
-        raise UnsupportedProblemError(
-            f"solver {solver.name} prunes each row by itself: expected a pattern of rows or blocks, "
-            f"found the budget of a whole layer ({problem.pattern})"
-        )
-    if problem.metric is not None and not solver.metric:
-        raise UnsupportedProblemError(
-            f"solver {solver.name} sees each row alone: expected no output metric, found one; use "
-            "RowSweeps(solver), or coupled_row(problem), which states the layer as one row"
-        )
+    check_covered(problem, solver)
     if isinstance(init, Solution):
         init = init.mask
     if init is not None and not problem.is_feasible(init):

@@ -8,25 +8,25 @@ import types
 import typing
 
 from ..errors import InputError
-from .additive_swap import AdditiveSwap
-from .admm import ADMM
-from .alternating_reconstruction import AlternatingReconstruction
 from .base import Solver
 from .bounds import CorrEigenvalue, Dnn, Naive, Qcr, RowSplit, Sdp, SharedSplit
-from .branch_and_bound import BranchAndBound
-from .compose import Sequence
-from .dsnot import DSnoT
-from .enumeration import Enumeration
-from .greedy import Greedy
-from .gurobi import Gurobi
-from .highs import HiGHS
-from .iterated_local_search import IteratedLocalSearch
-from .one_swap import OneSwap
-from .reconstruction import Reconstruction
-from .scip import SCIP
+from .compose import Chain
+from .exact.branch_and_bound import BranchAndBound
+from .exact.enumeration import Enumeration
+from .exact.gurobi import Gurobi
+from .exact.highs import HiGHS
+from .exact.scip import SCIP
 from .scores import RIA, Magnitude, Random, Wanda
-from .sparsegpt import SparseGPT
-from .tabu import Tabu
+from .search.additive_swap import AdditiveSwap
+from .search.dsnot import DSnoT
+from .search.greedy import Greedy
+from .search.iterated_local_search import IteratedLocalSearch
+from .search.one_swap import OneSwap
+from .search.tabu import Tabu
+from .updates.admm import ADMM
+from .updates.alternating_reconstruction import AlternatingReconstruction
+from .updates.reconstruction import Reconstruction
+from .updates.sparsegpt import SparseGPT
 
 SOLVERS: dict[str, type[Solver]] = {
     solver.name: solver
@@ -75,14 +75,32 @@ def solver_class(name: str) -> type[Solver]:
 def parse_solver(text: str) -> Solver:
     """A solver from ``name`` or ``name:option=value,option=value``, such as ``ria:alpha=1``.
 
-    Names joined by ``+``, each with its options, are a sequence: ``one-swap:search=best+reconstruction``.
+    Names joined by ``+``, each with its options, are a chain: ``one-swap:search=best+reconstruction``.
 
     Raises:
         InputError: for an unknown solver or option, or a value of another type.
     """
-    # the plus of a number such as 1e+3 is followed by a digit, that of a sequence by a name
+    # the plus of a number such as 1e+3 is followed by a digit, that of a chain by a name
     members = [_parse_one(part) for part in re.split(r"\+(?!\d)", text)]
-    return members[0] if len(members) == 1 else Sequence(*members)
+    return members[0] if len(members) == 1 else Chain(*members)
+
+
+def solver_text(solver: Solver) -> str:
+    """What ``parse_solver`` reads as ``solver``; the ``repr`` of one that has no such text."""
+    if isinstance(solver, Chain):
+        return "+".join(solver_text(member) for member in solver.solvers)
+    if SOLVERS.get(solver.name) is not type(solver):
+        return repr(solver)
+    options = []
+    for field in dataclasses.fields(solver):  # type: ignore[arg-type]  # all are dataclasses
+        value = getattr(solver, field.name)
+        factory = field.default_factory
+        if value == (field.default if factory is dataclasses.MISSING else factory()):
+            continue
+        if not isinstance(value, str | int | float | None):
+            return repr(solver)
+        options.append(f"{field.name}={'none' if value is None else value}")
+    return solver.name + (":" + ",".join(options) if options else "")
 
 
 def _parse_one(text: str) -> Solver:

@@ -22,9 +22,9 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedProblemError
 from ..problems.layer import LayerProblem
 from ..problems.metric import CoupledErrors
-from ..problems.pattern import LayerBudget
-from .base import Budget, Group, Outcome, Solver, Status
-from .one_swap import OneSwap
+from ..problems.pattern import Coupling
+from .base import Budget, Covers, Group, Outcome, Solver, Status
+from .search.one_swap import OneSwap
 
 
 @final
@@ -44,7 +44,6 @@ class RowSweeps(Solver):
     """
 
     name: ClassVar[str] = "row-sweeps"
-    metric: ClassVar[bool] = True
 
     solver: Solver = field(default_factory=OneSwap)
     sweeps: int = 2
@@ -66,24 +65,20 @@ class RowSweeps(Solver):
             )
 
     @property
-    def group(self) -> Group:  # type: ignore[override]  # depends on the member
+    def group(self) -> Group:
         """The group of the rows' solver."""
         return self.solver.group
 
     @property
-    def layer_budget(self) -> bool:  # type: ignore[override]  # depends on the member
-        """Whether the rows' solver covers budgets of a whole layer; not under an output metric."""
-        return self.solver.layer_budget
-
-    def missing(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the member
-        """Required libraries of the rows' solver that are not installed."""
-        return self.solver.missing()
+    def covers(self) -> Covers:
+        """What the rows' solver covers, and any output metric with budgets of rows or blocks."""
+        return replace(self.solver.covers, metric=True, held_out_stop=False)
 
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
         """Solve the rows alone, then sweep; stats are those of the first pass plus ``changed`` rows."""
         if problem.metric is None:
             return self.solver.run(problem, init, budget)
-        if isinstance(problem.pattern, LayerBudget):
+        if problem.pattern.couples is Coupling.LAYER:
             raise UnsupportedProblemError(
                 "sweeps over rows: expected a pattern of rows or blocks under an output metric, found the "
                 f"budget of a whole layer ({problem.pattern})"
@@ -131,3 +126,8 @@ class RowSweeps(Solver):
             return rows[:0].cpu()
         halves = [self._solve(errors, mask, half, deadline) for half in rows.tensor_split(2)]
         return torch.cat(halves)
+
+
+def sweeping(solver: Solver) -> Solver:
+    """``solver`` itself where it accepts an output metric, else in sweeps over rows."""
+    return solver if solver.covers.metric else RowSweeps(solver)

@@ -1,6 +1,7 @@
 """Masks from a saliency score: no search, the yardsticks of the field.
 
-Each score keeps the largest entries of every row or block; ties go to the lowest index.
+Each score keeps the largest entries of every row or block; ties go to the lowest index. A score looks at no
+output error, so it runs under any output metric.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..problems.layer import LayerProblem
-from .base import Budget, Group, Outcome, Solver, Status
+from .base import ANY_COUPLING, Budget, Covers, Group, Outcome, Solver, Status
 
 
 @final
@@ -22,8 +23,7 @@ class Random(Solver):
 
     name: ClassVar[str] = "random"
     group: ClassVar[Group] = Group.SCORE
-    layer_budget: ClassVar[bool] = True
-    metric: ClassVar[bool] = True  # a score looks at no output error
+    covers: ClassVar[Covers] = Covers(ANY_COUPLING, metric=True, rows_alone=False)
 
     seed: int = 0
 
@@ -41,8 +41,7 @@ class Magnitude(Solver):
 
     name: ClassVar[str] = "magnitude"
     group: ClassVar[Group] = Group.SCORE
-    layer_budget: ClassVar[bool] = True
-    metric: ClassVar[bool] = True  # a score looks at no output error
+    covers: ClassVar[Covers] = Covers(ANY_COUPLING, metric=True)
 
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
         """Score and select."""
@@ -56,8 +55,7 @@ class Wanda(Solver):
 
     name: ClassVar[str] = "wanda"
     group: ClassVar[Group] = Group.SCORE
-    layer_budget: ClassVar[bool] = True
-    metric: ClassVar[bool] = True  # a score looks at no output error
+    covers: ClassVar[Covers] = Covers(ANY_COUPLING, metric=True)
 
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
         """Score and select."""
@@ -75,8 +73,7 @@ class RIA(Solver):
 
     name: ClassVar[str] = "ria"
     group: ClassVar[Group] = Group.SCORE
-    layer_budget: ClassVar[bool] = True
-    metric: ClassVar[bool] = True  # a score looks at no output error
+    covers: ClassVar[Covers] = Covers(ANY_COUPLING, metric=True, rows_alone=False)
 
     alpha: float = 0.5
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from rich.table import Table
 
-from .calibration import calibration_windows, evaluation_windows
-from .loading import load_model
-from .objective import SEARCH_DEFAULT, Objective
-from .pipeline import Progress
-from .prune_report import PruneReport
-from .records import LayerRecord
+from .calibration.windows import calibration_windows, evaluation_windows
+from .models.loading import load_model
+from .progress import Progress
+from .pruning.objective import SEARCH_DEFAULT, Objective
+from .pruning.report import PruneReport
+from .pruning.run import prune
+from .records.run import LayerRecord
 from .reports.demo import DemoLayer, DemoMethod, write_demo_report
 from .reports.page import Fact
-from .run import prune
 from .solvers import Magnitude, OneSwap, Wanda
 
 MODEL = Path(__file__).parent / "data" / "demo-model"
@@ -60,12 +60,13 @@ def run_demo(out: Path, progress: Progress) -> tuple[Table, Path]:
             progress=progress,
         )
         reports.append((label, report))
+    settings = reports[0][1].settings
     page = write_demo_report(
         out,
         [_method(label, report) for label, report in reports],
         [_layer(label, layer) for label, report in reports for layer in report.layers],
         title="Pruning the demo model",
-        subtitle=f"half of every row, {reports[0][1].mode}, from the warm start {reports[0][1].start}",
+        subtitle=f"half of every row, {settings.mode}, from the warm start {settings.start!r}",
         facts=_facts(reports[0][1]),
     )
     return _table(reports), page
@@ -73,8 +74,9 @@ def run_demo(out: Path, progress: Progress) -> tuple[Table, Path]:
 
 def _facts(report: PruneReport) -> list[Fact]:
     """What somebody needs to know to repeat the run."""
+    settings = report.settings
     return [
-        Fact("calibration", f"{report.samples} windows of {report.length} tokens, seed {report.seed}"),
+        Fact("calibration", f"{settings.samples} windows of {settings.length} tokens, seed {settings.seed}"),
         Fact("text", f"Python's standard library, tokens {report.calibration_hash[:12]}"),
         Fact("evaluation", f"{report.evaluation_windows} windows of held-out modules"),
         Fact("device", report.device),

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from .errors import InvalidModelError
-from .masks import LayerMask, MaskFile, apply_masks, load_masks
-from .models import PrunableLayer, find_blocks
+from .masks.file import LayerMask, MaskFile, apply_masks, load_masks
+from .models.blocks import PrunableLayer, find_blocks
 
 # What wrappers put before and behind the names of layers: peft, torch.compile, DistributedDataParallel.
 PREFIXES = ("base_model.model.", "_orig_mod.", "module.")

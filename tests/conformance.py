@@ -22,8 +22,8 @@ SOLVERS: list[ss.Solver] = [
     ss.DSnoT(threshold=0.0, same_sign=False),
     ss.Greedy(),
     ss.Tabu(effort=0.2),
-    ss.Sequence(ss.Greedy(), ss.Tabu(effort=0.2)),
-    ss.Sequence(ss.Magnitude(), ss.OneSwap()),
+    ss.Chain(ss.Greedy(), ss.Tabu(effort=0.2)),
+    ss.Chain(ss.Magnitude(), ss.OneSwap()),
     ss.BestOf(ss.RIA(), ss.Wanda()),
     ss.Enumeration(),
     ss.IteratedLocalSearch(kicks=20),
@@ -42,7 +42,7 @@ SOLVERS: list[ss.Solver] = [
     ss.Reconstruction(),
     ss.Reconstruction(method="conjugate-gradients"),
     ss.AlternatingReconstruction(),
-    ss.Sequence(ss.OneSwap(), ss.Reconstruction()),
+    ss.Chain(ss.OneSwap(), ss.Reconstruction()),
     ss.BestOf(ss.Reconstruction(), ss.OneSwap()),
 ]
 

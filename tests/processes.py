@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sparseswaps.distributed import Ranks
+from sparseswaps.ranks import Ranks
 
 
 def start(work: Callable[[], Any], result: Path | None = None) -> int:

@@ -16,9 +16,9 @@ from torch import nn
 import sparseswaps as ss
 import sparseswaps.cli
 from sparseswaps.errors import InvalidFileError, InvalidModelError
-from sparseswaps.loading import load_model
-from sparseswaps.masks import load_masks, save_masks, verify_model
-from sparseswaps.models import find_blocks
+from sparseswaps.masks.file import load_masks, save_masks, verify_model
+from sparseswaps.models.blocks import find_blocks
+from sparseswaps.models.loading import load_model
 from sparseswaps.training import KeepPruned, reimpose
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...problems.layer import LayerProblem
-from ..base import Budget, Group, Outcome, Solver, Status
+from ..base import Budget, Covers, Group, Outcome, Solver, Status
 from ..scores import warm_start
 
 
@@ -18,6 +18,7 @@ class LayerTier(Solver):
     """A bound of all rows at once. Concrete tiers are frozen dataclasses."""
 
     group: ClassVar[Group] = Group.BOUND
+    covers: ClassVar[Covers] = Covers(rows_alone=False)
 
     @abstractmethod
     def bound_rows(self, problem: LayerProblem, deadline: float) -> Tensor:

@@ -28,13 +28,7 @@ from ...errors import InputError
 from ...problems.layer import LayerProblem
 from .layer_tier import LayerTier
 from .max_trace import max_trace_diagonal
-from .relaxed_rows import (
-    relax_rows,
-    semidefinite,
-    separable_bounds,
-    smallest_eigenvalue,
-    unit_correlation,
-)
+from .relaxed_rows import relax_rows, semidefinite, separable_bounds, smallest_eigenvalue, unit_correlation
 
 # Share of the time left after the first relaxation that the diagonals may take.
 DIAGONAL_SHARE = 0.6

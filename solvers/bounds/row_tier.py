@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...problems.layer import LayerProblem
 from ...problems.row_program import BoolArray, RowProgram
-from ..base import Budget, Group, Outcome, Solver, Status
+from ..base import Budget, Covers, Group, Outcome, Solver, Status
 from ..row_wise import RowResult, solve_rows
 
 
@@ -18,7 +18,7 @@ class RowTier(Solver):
     """A bound of one row at a time. Concrete tiers are frozen dataclasses with a field ``jobs``."""
 
     group: ClassVar[Group] = Group.BOUND
-    requires: ClassVar[tuple[str, ...]] = ("numba",)
+    covers: ClassVar[Covers] = Covers(requires=("numba",))
 
     jobs: int
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from ...errors import UnsupportedProblemError
 from ...problems.row_program import BoolArray, FloatArray, RowProgram
+from ..base import Covers
 from .convex_split import split_with
 from .qcr import qcr_diagonal, qcr_split
 from .row_tier import RowTier
@@ -69,7 +70,7 @@ class Sdp(RowTier):
     """
 
     name: ClassVar[str] = "sdp"
-    requires: ClassVar[tuple[str, ...]] = ("cvxpy", "numba")
+    covers: ClassVar[Covers] = Covers(requires=("cvxpy", "numba"))
 
     largest: int = 48
     jobs: int = 1

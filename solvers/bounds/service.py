@@ -105,7 +105,7 @@ def _auto(
     problem: LayerProblem, budget: Budget, init: Tensor | Solution | None
 ) -> tuple[str, Status, Tensor]:
     rows = None
-    if problem.cols <= QCR_COLS and not Dnn.missing():
+    if problem.cols <= QCR_COLS and not Dnn().missing():
         rows = "dnn" if problem.cols <= DNN_COLS else "qcr"
     if budget.seconds is None and rows == "dnn":
         solution = solve(problem, TIERS[rows](), init, budget)

@@ -9,15 +9,14 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..calibration import calibration_windows
+from ..calibration.windows import calibration_windows, window_length
 from ..errors import InputError
-from ..evaluation import is_causal
-from ..loading import load_model, resolve_device
-from ..models import DEFAULT_EXCLUDE, check_finite, find_blocks
-from ..pipeline import layer_problems
+from ..evaluation.measures import is_causal
+from ..machine import versions
+from ..models.blocks import DEFAULT_EXCLUDE, check_finite, find_blocks
+from ..models.loading import load_model, resolve_device
 from ..problems.files import save_instance
-from ..prune_report import versions
-from ..run import window_length
+from ..pruning.pipeline import layer_problems
 from ..solvers.registry import SOLVERS
 from .output import console, progress_bars, quiet_libraries
 
@@ -85,9 +84,10 @@ def list_solvers() -> None:
     """List the solvers: name, group, options, and what to install where something is missing."""
     table = Table("solver", "group", "options", "installed")
     for name, solver in SOLVERS.items():
-        missing = solver.missing()
-        options = repr(solver()).partition("(")[2].removesuffix(")")
+        example = solver()
+        missing = example.missing()
+        options = repr(example).partition("(")[2].removesuffix(")")
         table.add_row(
-            name, str(solver.group), options, f"pip install {' '.join(missing)}" if missing else "yes"
+            name, str(example.group), options, f"pip install {' '.join(missing)}" if missing else "yes"
         )
     console.print(table)

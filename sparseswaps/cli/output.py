@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..records import LayerRecord
+from ..records.run import LayerRecord
 
 # a pipe or a file has no width of its own: enough for the layer table
 console = Console(width=None if sys.stdout.isatty() else 120)

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..calibration import evaluation_windows
-from ..distributed import PATIENCE, Ranks, joined
 from ..errors import InputError
-from ..evaluation import is_causal, mean_cosine
-from ..loading import load_model, resolve_device
-from ..masks import apply_masks, load_masks, verify_model
-from ..models import DEFAULT_EXCLUDE
-from ..objective import SEARCH_DEFAULT, Objective
-from ..pipeline import Mode, Progress
-from ..prune_report import PruneReport, versions
-from ..quality import model_embeddings, model_perplexity
-from ..run import prune as run_prune
-from ..run import window_length
-from ..saving import save_model
-from ..solvers.registry import parse_solver
+from ..evaluation.evaluate import evaluate as run_evaluate
+from ..machine import versions
+from ..masks.file import apply_masks, load_masks, verify_model
+from ..masks.saving import save_model
+from ..models.loading import load_model
+from ..progress import Progress
+from ..pruning.report import PruneReport
+from ..pruning.run import prune as run_prune
+from ..ranks import PATIENCE, Ranks, joined
+from .options import read_options, tell_of_former, with_options
 from .output import (
     console,
     error_console,
@@ -57,94 +54,29 @@ def register(app: typer.Typer) -> None:
     app.command()(verify)
 
 
+@with_options
 def prune(
     model: Annotated[str, typer.Argument(help="Directory or hub name of a Hugging Face model.")],
-    calibration: Text,
-    pattern: Annotated[
-        str, typer.Option(help="0.5 or 50% of each row, N:M such as 2:4, or layer:0.5 of a whole layer.")
-    ] = "0.5",
-    solver: Annotated[
-        str, typer.Option(help="NAME or NAME:option=value,...; see the command solvers.")
-    ] = "one-swap",
-    start: Annotated[str, typer.Option(help="Warm start: magnitude, wanda, ria, random.")] = "wanda",
-    evaluation: Annotated[
-        str | None,
-        typer.Option("--eval", metavar="FILE_OR_DATASET", help="For perplexity and held-out layer errors."),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    length: Length = None,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of windows.")] = 0,
-    eval_windows: Annotated[
-        int | None, typer.Option(help="Use only so many windows of the evaluation text.")
-    ] = None,
-    one_shot: Annotated[
-        bool, typer.Option("--one-shot", help="All Gram matrices from the dense model.")
-    ] = False,
-    drift: Annotated[
-        float | None,
-        typer.Option(
-            help="Aim at the dense outputs with this strength, 0 to 1 (sequential mode). Searches get "
-            f"{SEARCH_DEFAULT.drift:g}, and residual drift {SEARCH_DEFAULT.residual:g}, if no option of the "
-            "objective is given; --drift 0 is the paper's error."
-        ),
-    ] = None,
-    residual_drift: Annotated[
-        float,
-        typer.Option(
-            help="Let layers that write into the residual stream repair its loss, 0 to 1 (sequential mode)."
-        ),
-    ] = 0.0,
-    output_metric: Annotated[
-        bool, typer.Option("--output-metric", help="Weigh errors by what they cost downstream (gradients).")
-    ] = False,
-    shrinkage: Annotated[
-        float, typer.Option(help="Move the Gram matrices towards their diagonals, 0 to 1; for little text.")
-    ] = 0.0,
-    allocation: Annotated[
-        str, typer.Option(help="Spread the sparsity over layers: uniform, knapsack or owl.")
-    ] = "uniform",
-    refine: Annotated[
-        int, typer.Option(help="Passes of refinement against the model's own output (gradients).")
-    ] = 0,
-    update: Annotated[
-        str | None,
-        typer.Option(help="Then change the kept weights: reconstruction, admm (NAME:option=value)."),
-    ] = None,
-    include: Annotated[
-        list[str] | None, typer.Option(help="Prune only layers that match, e.g. '*mlp*'.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Keep layers dense that match; may be repeated.")
-    ] = None,
-    device: Device = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16 or float16: of the computation.")
-    ] = "auto",
-    offload: Offload = False,
     out: Annotated[Path | None, typer.Option(help="Directory for model, masks and record.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
-    min_expert_tokens: Annotated[
-        int | None,
-        typer.Option(help="Experts that fewer tokens reach get a fallback; the layer's width by default."),
-    ] = None,
-    activation_limit: Annotated[
-        float | None, typer.Option(help="GB of activations in main memory; the rest goes to files.")
+    settings: Annotated[
+        Path | None, typer.Option(help="TOML with options, such as settings.toml of an earlier run.")
     ] = None,
     rank_timeout: Annotated[
         float, typer.Option(help="Seconds after which a silent process counts as lost (torchrun).")
     ] = PATIENCE,
     json: Json = False,
+    **options: Any,
 ) -> None:
     """Prune a model, layer by layer; measure, save and verify it.
 
     [bold]Examples[/]
 
-    sparseswaps prune ./llama --calibration c4 --eval wikitext2-test --out pruned
+    sparseswaps prune ./llama --calibration c4 --evaluation wikitext2-test --out pruned
 
-    sparseswaps prune ./llama --pattern 2:4 --drift 0.75 --residual-drift 0.5 --output-metric
-    --calibration text.txt --out pruned --resume
+    sparseswaps prune ./llama --pattern 2:4 --metric --calibration text.txt --out pruned --resume
 
-    sparseswaps prune ./bert --pattern 60% --one-shot --calibration corpus.txt --json
+    sparseswaps prune ./bert --pattern 60% --mode one-shot --calibration corpus.txt --json
 
     sparseswaps prune ./larger-than-memory --offload --activation-limit 4 --calibration c4 --out pruned
 
@@ -152,42 +84,20 @@ def prune(
 
     Sparsity alone makes no model faster: the saved weights are dense tensors with zeros.
     """
-    if one_shot and (drift or residual_drift):
-        raise InputError("--drift needs the inputs of the pruned model: expected no --one-shot, found both")
-    objective = None
-    if drift is not None or residual_drift or output_metric or shrinkage:
-        objective = Objective(drift or 0.0, residual_drift, output_metric, shrinkage=shrinkage)
+    chosen, machine = read_options(options, settings)
+    if chosen.calibration is None:
+        raise InputError("prune: expected --calibration FILE_OR_DATASET, found none")
     quiet_libraries()
-    arguments = {"solver": parse_solver(solver), "start": parse_solver(start)}
     try:
-        with joined(device, rank_timeout) as ranks, _bars_of(ranks) as bars:
+        with joined(machine.device, rank_timeout) as ranks, _bars_of(ranks) as bars:
             report = run_prune(
                 model,
-                pattern,
-                calibration=calibration,
-                evaluation=evaluation,
-                samples=samples,
-                length=length,
-                seed=seed,
-                evaluation_limit=eval_windows,
-                mode=Mode.ONE_SHOT if one_shot else Mode.SEQUENTIAL,
-                objective=objective,
-                allocation=allocation,
-                refine=refine,
-                update=None if update is None else parse_solver(update),
-                include=tuple(include or ()),
-                exclude=DEFAULT_EXCLUDE if exclude is None else tuple(exclude),
-                device=device,
-                dtype=dtype,
-                offload=offload,
+                chosen,
+                machine=replace(machine, ranks=ranks),
                 out=out,
                 resume=resume,
                 progress=bars,
-                ranks=ranks,
-                min_expert_tokens=min_expert_tokens,
-                activation_limit=activation_limit,
                 announce=lambda needs: error_console.print(str(needs), highlight=False, soft_wrap=True),
-                **arguments,
             )
     except KeyboardInterrupt:
         if out is not None and out.exists():
@@ -218,7 +128,7 @@ def _bars_of(ranks: Ranks) -> Iterator[Progress | None]:
 
 def _summary(report: PruneReport) -> object:
     rows = [
-        ("sparsity", f"{report.sparsity:.4%} of {len(report.layers)} layers, {report.mode}"),
+        ("sparsity", f"{report.sparsity:.4%} of {len(report.layers)} layers, {report.settings.mode}"),
         ("layer error", f"{report.error_start:.5f} → {report.error:.5f} (mean over layers, start → result)"),
     ]
     if report.perplexity_dense is not None:
@@ -226,7 +136,7 @@ def _summary(report: PruneReport) -> object:
             (
                 "perplexity",
                 f"dense {report.perplexity_dense:.4f}, pruned {report.perplexity_pruned:.4f} "
-                f"({report.evaluation_windows} windows of {report.length} tokens)",
+                f"({report.evaluation_windows} windows of {report.settings.length} tokens)",
             )
         )
     if report.cosine is not None:
@@ -234,7 +144,7 @@ def _summary(report: PruneReport) -> object:
             (
                 "cosine",
                 f"{report.cosine:.4f} to the dense model's mean-pooled embeddings "
-                f"({report.evaluation_windows} windows of {report.length} tokens)",
+                f"({report.evaluation_windows} windows of {report.settings.length} tokens)",
             )
         )
     memory = f"{report.peak_memory_mb:.0f} MB"
@@ -251,56 +161,59 @@ def _summary(report: PruneReport) -> object:
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Directory or hub name of a Hugging Face model.")],
-    evaluation: Annotated[str, typer.Option("--eval", metavar="FILE_OR_DATASET", help="The text.")],
+    evaluation: Annotated[
+        str | None, typer.Option("--evaluation", metavar="FILE_OR_DATASET", help="The text.")
+    ] = None,
     reference: Annotated[
         str | None, typer.Option(help="Dense model, to compare an encoder's embeddings with.")
     ] = None,
     length: Length = None,
+    evaluation_limit: Annotated[
+        int | None, typer.Option(help="Use only so many windows of the text.")
+    ] = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     offload: Offload = False,
     json: Json = False,
+    former_eval: Annotated[str | None, typer.Option("--eval", hidden=True)] = None,
 ) -> None:
     """Perplexity of a causal model, or cosine of an encoder's embeddings to a reference model's.
 
     [bold]Examples[/]
 
-    sparseswaps evaluate pruned --eval wikitext2-test --length 2048
+    sparseswaps evaluate pruned --evaluation wikitext2-test --length 2048
 
-    sparseswaps evaluate pruned-bert --reference ./bert --eval text.txt
+    sparseswaps evaluate pruned-bert --reference ./bert --evaluation text.txt
     """
+    if former_eval is not None:
+        tell_of_former("--eval", "--evaluation")
+    text = evaluation or former_eval
+    if text is None:
+        raise InputError("evaluate: expected --evaluation FILE_OR_DATASET, found none")
     quiet_libraries()
-    loaded = load_model(model, resolve_device(device), dtype, offload)
-    tokens = window_length(loaded, length)
-    causal = is_causal(loaded.model)
-    windows = evaluation_windows(evaluation, loaded.tokenizer, tokens, special_tokens=not causal)
+    with progress_bars() as bars:
+        found = run_evaluate(
+            model,
+            text,
+            reference=reference,
+            length=length,
+            evaluation_limit=evaluation_limit,
+            device=device,
+            dtype=dtype,
+            offload=offload,
+            stage=bars.stage,
+        )
     values: dict[str, object] = {
         "model": model,
-        "evaluation": windows.source,
-        "windows": len(windows),
-        "length": tokens,
-        "tokens_hash": windows.hash,
-        "versions": versions(),
+        "evaluation": found.windows.source,
+        "windows": len(found.windows),
+        "length": found.length,
     }
-    with progress_bars() as bars:
-        if causal:
-            values["perplexity"] = model_perplexity(
-                loaded, windows.tokens, lambda done, total: bars.stage("perplexity", done, total)
-            )
-        elif reference is None:
-            raise InputError(f"model {model} is an encoder: expected --reference DENSE_MODEL, found none")
-        else:
-            dense = load_model(reference, resolve_device(device), dtype, offload)
-            values["cosine"] = mean_cosine(
-                model_embeddings(loaded, windows.tokens, lambda d, t: bars.stage("embeddings", d, t)),
-                model_embeddings(dense, windows.tokens, lambda d, t: bars.stage("reference", d, t)),
-            )
+    values |= {"cosine": found.cosine} if found.perplexity is None else {"perplexity": found.perplexity}
     if json:
-        print_json(values)
+        print_json({**values, "tokens_hash": found.windows.hash, "versions": versions()})
     else:
-        console.print(
-            key_values([(k, str(v)) for k, v in values.items() if k not in ("versions", "tokens_hash")])
-        )
+        console.print(key_values([(key, str(value)) for key, value in values.items()]))
 
 
 def apply(

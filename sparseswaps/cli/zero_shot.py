@@ -9,8 +9,8 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..zero_shot import SEVEN_TASKS, ZeroShotReport
-from ..zero_shot import zero_shot as run_zero_shot
+from ..evaluation.zero_shot import SEVEN_TASKS, ZeroShotReport
+from ..evaluation.zero_shot import zero_shot as run_zero_shot
 from .output import console, print_json, quiet_libraries
 
 

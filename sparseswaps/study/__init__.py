@@ -4,7 +4,7 @@ run_study("study.toml", "study.sqlite")
 build_report("study.sqlite", "report")
 """
 
-from .database import StudyDatabase
+from ..records.study_database import StudyDatabase
 from .export import build_report, export, merge
 from .plan import CostEstimate, plan_units
 from .runner import StudyOutcome, StudyPlan, StudyProgress, plan_study, run_study

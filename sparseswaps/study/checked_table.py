@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import InputError
 
@@ -24,7 +24,7 @@ class CheckedTable:
         self.values, self._name, self._path = values, name, path
         self._known: set[str] = set()
 
-    def wrong(self, key: str, expected: str, found: str) -> None:
+    def wrong(self, key: str, expected: str, found: str) -> NoReturn:
         """Raise the error of one key."""
         raise InputError(f"{self._name}, key {self._path}{key}: expected {expected}, found {found}")
 
@@ -77,6 +77,10 @@ class CheckedTable:
         """Values of any type, or one of them."""
         value = self._get(key, [])
         return value if isinstance(value, list) else [value]
+
+    def option(self, key: str) -> Any:
+        """A value of any type, None if there is none."""
+        return self._get(key, None)
 
     def table(self, key: str) -> CheckedTable:
         """A table, empty if there is none."""

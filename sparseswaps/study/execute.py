@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, final
 
@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..pipeline import Mode
+from ..machine import peak_memory_mb, versions
 from ..problems import LayerProblem
-from ..prune_report import PruneReport, peak_memory_mb, versions
-from ..records import LayerRecord
-from ..run import prune
+from ..pruning.report import PruneReport
+from ..pruning.run import prune
+from ..pruning.settings import Machine, PruneSettings
+from ..records.run import LayerRecord
+from ..records.study import LayerBoundRecord, ModelRecord, RowRecord, TraceRecord, UnitRecord, UnitResult
 from ..solvers import Budget, Group, Outcome, Solution, Solver, solve
 from ..solvers.registry import parse_solver
-from ..study_records import LayerBoundRecord, ModelRecord, RowRecord, TraceRecord, UnitRecord, UnitResult
-from .layer_bounds import BoundedSolver, without_bounds
+from .layer_bounds import BoundedLayers
 from .problems import BuiltProblem, build_problem, resolve_model, resolve_path
 from .schema import SolverChoice
 
@@ -71,8 +72,6 @@ def failed(
         "options": json.dumps(solver["options"], sort_keys=True),
         "solver": " → ".join(solver["solvers"]),
         "group": "",
-        "seed": spec["seed"],
-        "pattern": spec["pattern"],
         "status": status,
         "failure": failure,
         "seconds": seconds,
@@ -80,14 +79,18 @@ def failed(
         "machine": "{}",
     }
     if spec["kind"] == "model":
+        settings = PruneSettings.from_plain(spec["settings"])
         names |= {
-            name: spec[name]
-            for name in ("mode", "objective", "allocation", "refine", "update", "samples", "length")
+            "model": spec["name"],
+            "seed": settings.seed,
+            "settings": json.dumps(_stored_settings(settings.plain()), sort_keys=True),
+            "changed": json.dumps(settings.changed()),
         }
-        texts = {name: _text_name(spec[name]) for name in ("calibration", "evaluation")}
-        return UnitResult(model=_blank(ModelRecord, names | texts | {"model": spec["name"]}))
+        return UnitResult(model=_blank(ModelRecord, names))
     problem = spec["problem"]
     names |= {
+        "seed": spec["seed"],
+        "pattern": spec["pattern"],
         "source": problem["name"],
         "calibration": _text_name(problem.get("calibration", "")),
         "samples": problem.get("samples", 0),
@@ -148,7 +151,7 @@ def _execute_layer(unit: str, study: str, spec: Mapping[str, Any], cache: Path) 
         held_out_norm=None if held_out is None else float(held_out.output_norms().sum()),
         seconds=solution.seconds,
         peak_memory_mb=peak_memory_mb(),
-        machine=_machine(),
+        machine=_machine("cpu"),
     )
     return UnitResult(layer=record, rows=_rows(unit, built, solution), trace=_trace(unit, solution))
 
@@ -211,46 +214,35 @@ def _trace(unit: str, solution: Solution) -> tuple[TraceRecord, ...]:
 def _execute_model(unit: str, study: str, spec: Mapping[str, Any]) -> UnitResult:
     folder = Path(spec["folder"])
     choice = SolverChoice(**spec["solver"])
-    solver = choice.build()
-    bounded = None
-    if tier := spec.get("bound"):
-        bounded = BoundedSolver(solver, unit, tier, spec["bound_seconds"] or None)
+    watch = BoundedLayers(unit, spec["bound"], spec["bound_seconds"] or None) if spec.get("bound") else None
+    named = {name: spec["settings"][name] for name in TEXTS}
+    given = {name: resolve_path(text, folder) for name, text in named.items() if text}
     begin = time.perf_counter()
     report = prune(
         resolve_model(spec["model"], folder),
-        spec["pattern"],
-        calibration=resolve_path(spec["calibration"], folder),
-        evaluation=resolve_path(spec["evaluation"], folder),
-        solver=bounded or solver,
-        start=parse_solver(choice.start) if choice.start else None,
-        samples=spec["samples"],
-        length=spec["length"] or None,
-        seed=spec["seed"],
-        evaluation_limit=spec["evaluation_limit"] or None,
-        mode=Mode(spec["mode"]),
-        objective=spec["objective"],
-        allocation=spec["allocation"],
-        refine=spec["refine"],
-        update=parse_solver(spec["update"]) if spec["update"] else None,
-        device="cpu",
+        PruneSettings.from_plain({**spec["settings"], **given}),
+        machine=Machine(**{"device": "cpu", **spec["machine"]}),
+        on_layer=watch,
     )
-    bounds = [] if bounded is None else bounded.found
-    spent = sum(found.seconds for found in bounds)
-    report = replace(
-        report,
-        layers=without_bounds(report.layers, bounds),
-        seconds_layers=report.seconds_layers - spent,
-    )
-    seconds = time.perf_counter() - begin - spent
-    group = Group.WEIGHT_UPDATE if spec["update"] else solver.group
-    record = _model_record(unit, study, spec, choice, report, str(group), seconds)
-    return UnitResult(model=record, layers=report.layers, bounds=tuple(bounds))
+    bounds = () if watch is None else tuple(watch.found)
+    seconds = time.perf_counter() - begin - sum(found.seconds for found in bounds)
+    record = _model_record(unit, study, spec, choice, report, seconds)
+    return UnitResult(model=record, layers=report.layers, bounds=bounds)
+
+
+# Options that name texts, which records keep without their folders.
+TEXTS = ("calibration", "evaluation")
+
+
+def _stored_settings(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain settings as records keep them."""
+    return {**plain, **{name: _text_name(plain.get(name) or "") for name in TEXTS}}
 
 
 def _model_record(
-    unit: str, study: str, spec: Mapping[str, Any], choice: SolverChoice, report: PruneReport, group: str,
-    seconds: float,
-) -> ModelRecord:  # fmt: skip
+    unit: str, study: str, spec: Mapping[str, Any], choice: SolverChoice, report: PruneReport, seconds: float
+) -> ModelRecord:
+    settings = report.settings
     return ModelRecord(
         unit=unit,
         study=study,
@@ -258,22 +250,14 @@ def _model_record(
         method=choice.method,
         start=choice.start,
         options=json.dumps(dict(choice.options), sort_keys=True),
-        solver=report.solver,
-        group=group,
-        seed=spec["seed"],
+        solver=repr(settings.solver),
+        group=str(settings.solver.group if settings.update is None else settings.update.group),
+        seed=settings.seed,
         model=spec["name"],
-        pattern=spec["pattern"],
+        settings=json.dumps(_stored_settings(settings.plain()), sort_keys=True),
+        changed=json.dumps(settings.changed()),
         sparsity=report.sparsity,
-        mode=spec["mode"],
-        objective=spec["objective"],
-        allocation=spec["allocation"],
-        refine=spec["refine"],
-        update=spec["update"],
-        calibration=_text_name(spec["calibration"]),
-        samples=report.samples,
-        length=report.length,
         calibration_hash=report.calibration_hash,
-        evaluation=_text_name(spec["evaluation"]),
         evaluation_windows=report.evaluation_windows,
         status="finished",
         failure="",
@@ -286,7 +270,7 @@ def _model_record(
         seconds=seconds,
         seconds_layers=report.seconds_layers,
         peak_memory_mb=peak_memory_mb(),
-        machine=_machine(),
+        machine=_machine("cpu" if report.peak_device_memory_mb is None else report.device),
     )
 
 
@@ -295,8 +279,8 @@ def _text_name(text: str) -> str:
     return Path(text).stem if text else ""
 
 
-def _machine() -> str:
-    facts = {"device": "cpu", "threads": torch.get_num_threads(), **versions()}
+def _machine(device: str) -> str:
+    facts = {"device": device, "threads": torch.get_num_threads(), **versions()}
     return json.dumps(facts, sort_keys=True)
 
 

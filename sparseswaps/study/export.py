@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InputError, InvalidFileError, SolverNotInstalledError
-from ..records import LayerRecord
-from ..study_records import LayerBoundRecord, ModelRecord, RowRecord, StudyRows, TraceRecord, UnitRecord
-from .database import StudyDatabase
+from ..records.run import LayerRecord
+from ..records.study import LayerBoundRecord, ModelRecord, RowRecord, StudyRows, TraceRecord, UnitRecord
+from ..records.study_database import StudyDatabase
 
 
 def merge(target: str | os.PathLike[str], sources: Sequence[str | os.PathLike[str]]) -> int:

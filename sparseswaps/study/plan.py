@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..objective import Objective
-from ..study_records import PlannedUnit
+from ..pruning.objective import Objective
+from ..pruning.settings import Mode
+from ..records.study import PlannedUnit
 from .problems import layers_of, resolve_files
 from .schema import ModelSet, ProblemSet, SolverChoice, Study
 
@@ -70,8 +71,8 @@ def plan_units(study: Study) -> list[PlannedUnit]:
 
 
 def _add(units: dict[str, PlannedUnit], study: Study, spec: dict[str, Any]) -> None:
-    identity = unit_id(study.name, spec)
-    # limits and what things are called do not determine the result
+    # limits, machines and what things are called do not determine the result
+    identity = unit_id(study.name, {key: value for key, value in spec.items() if key != "machine"})
     full = {**spec, "folder": str(study.folder), "memory_mb": study.memory_mb}
     limit = study.hard_seconds or (
         BUDGETS * spec["seconds"] + STARTUP if spec.get("seconds") is not None else NO_LIMIT
@@ -148,48 +149,27 @@ def _problem_specs(study: Study, problems: ProblemSet) -> list[dict[str, Any]]:
 
 
 def _model_specs(study: Study, models: ModelSet) -> Iterable[dict[str, Any]]:
-    for (
-        seed,
-        pattern,
-        calibration,
-        samples,
-        mode,
-        objective,
-        allocation,
-        refine,
-        update,
-        choice,
-    ) in itertools.product(
-        study.seeds,
-        models.patterns or study.patterns,
-        models.calibration,
-        models.samples,
-        models.mode,
-        models.objective,
-        models.allocation,
-        models.refine,
-        models.update,
-        _chosen(study, models.solvers),
-    ):
-        if mode == "one-shot" and Objective.parse(objective).needs_dense_stream:
+    patterns = models.patterns or study.patterns
+    choices = _chosen(study, models.solvers)
+    combinations = itertools.product(study.seeds, patterns, *models.options.values(), choices)
+    for seed, pattern, *tried, choice in combinations:
+        options = dict(zip(models.options, tried, strict=True))
+        if options["mode"] == Mode.ONE_SHOT and Objective.parse(options["objective"]).needs_dense_stream:
             continue
         bound = {"bound": models.bound, "bound_seconds": models.bound_seconds} if models.bound else {}
+        start = {"start": choice.start} if choice.start else {}
         yield {
             "kind": "model",
             "model": models.model,
             "name": models.name,
-            "pattern": pattern,
-            "calibration": calibration,
-            "evaluation": models.evaluation,
-            "evaluation_limit": models.evaluation_limit,
-            "samples": samples,
-            "length": models.length,
-            "mode": mode,
-            "objective": objective,
-            "allocation": allocation,
-            "refine": refine,
-            "update": update,
-            "seed": seed,
+            "settings": {
+                "pattern": pattern,
+                "solver": "+".join(choice.solvers),
+                **start,
+                "seed": seed,
+                **options,
+            },
+            "machine": dict(models.machine),
             "solver": _solver_spec(choice),
             **bound,
         }

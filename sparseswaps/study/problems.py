@@ -20,14 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..calibration import calibration_windows
+from ..calibration.windows import calibration_windows, window_length
 from ..errors import InputError, InvalidFileError
-from ..evaluation import is_causal
-from ..loading import LoadedModel, load_model
-from ..models import DEFAULT_EXCLUDE, find_blocks
-from ..pipeline import layer_problems
-from ..problems import Gram, LayerProblem, SparsityPattern, load_instance, save_instance, synthetic_layer
-from ..run import window_length
+from ..evaluation.measures import is_causal
+from ..models.blocks import DEFAULT_EXCLUDE, find_blocks
+from ..models.loading import LoadedModel, load_model
+from ..problems import Gram, LayerProblem, Pattern, load_instance, save_instance, synthetic_layer
+from ..pruning.pipeline import layer_problems
 
 # Sub-blocks start at a multiple of this, so that N:M blocks stay whole.
 ALIGN = 16
@@ -249,7 +248,7 @@ def sub_problem(problem: LayerProblem, rows: np.ndarray, columns: slice, pattern
         if problem.drift is not None:
             raise InputError(f"layer {problem.name}: expected no drift where columns are chosen, found some")
     chosen = problem.slice_rows(index)
-    parsed = SparsityPattern.parse(pattern, weight.shape[1])
+    parsed = Pattern.parse(pattern, weight.shape[1])
     return replace(chosen, weight=weight.contiguous(), gram=gram, pattern=parsed)
 
 

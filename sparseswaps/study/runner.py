@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..study_records import PlannedUnit, UnitResult
+from ..records.study import PlannedUnit, UnitResult
+from ..records.study_database import StudyDatabase, process_id
 from .cluster import Workers, run_unordered, workers
-from .database import StudyDatabase, process_id
 from .plan import CostEstimate, estimate_cost, plan_summary, plan_units
 from .problems import extract
 from .schema import Study, load_study

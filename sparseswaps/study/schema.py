@@ -23,7 +23,7 @@
     model = "demo"
     calibration = "stdlib"
     evaluation = "stdlib-held-out"
-    samples = [16]
+    samples = [16]                   # any option of ``PruneSettings`` and ``Machine``; lists are swept
     bound = "shared-split"           # certified gap of every layer; leave it out for none
     bound_seconds = 60
 
@@ -37,26 +37,21 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..allocation import Allocation
 from ..errors import InputError, SparseswapsError
-from ..objective import Objective
-from ..pipeline import Mode
-from ..problems.pattern import SparsityPattern
+from ..problems.pattern import PatternRule
 from ..problems.synthetic import FAMILIES
-from ..solvers import Group, Solver
-from ..solvers import Sequence as Chain
+from ..pruning.settings import Machine, PruneSettings
+from ..solvers import Chain, Solver
 from ..solvers.bounds import TIERS
 from ..solvers.registry import parse_solver
 from .checked_table import REQUIRED, CheckedTable
 
 # What a layer can be bounded with.
 BOUNDS = ("auto", *TIERS)
-# Columns that every pattern in use divides, for checking a pattern before a layer is known.
-ANY_COLS = 5040
 
 
 @dataclass(frozen=True)
@@ -110,6 +105,10 @@ class ProblemSet:
     exclude: tuple[str, ...] = ()
 
 
+# Options of a run that a study names elsewhere.
+ELSEWHERE = ("pattern", "solver", "start", "seed")
+
+
 @dataclass(frozen=True)
 class ModelSet:
     """Whole models to prune and measure.
@@ -117,26 +116,18 @@ class ModelSet:
     Attributes:
         model: directory, hub name, ``demo``, or ``package:NAME/FOLDER`` inside an installed package;
             name: of it in tables.
-        calibration, samples, length, mode, objective, patterns: each listed value is tried.
-        allocation, refine, update: likewise (see ``run.prune``); no update is "".
-        evaluation: text of the evaluation; evaluation_limit: its most windows, 0 for all.
-        solvers: labels; empty for all.
+        options: plain values of the options of ``PruneSettings`` by name, each of which is tried. Without an
+            objective it is the paper's error, that comparisons start from.
+        machine: options of ``Machine``; the CPU where nothing is said, and never part of a unit's id.
+        patterns, solvers: in place of the study's own; empty for all.
         bound: tier of the lower bound of every layer (see ``solvers.bound``), "" for none;
             bound_seconds: its time for each layer, 0 for no limit.
     """
 
     model: str
     name: str
-    calibration: tuple[str, ...]
-    evaluation: str
-    evaluation_limit: int
-    samples: tuple[int, ...]
-    length: int
-    mode: tuple[str, ...]
-    objective: tuple[str, ...]
-    allocation: tuple[str, ...]
-    refine: tuple[int, ...]
-    update: tuple[str, ...]
+    options: Mapping[str, tuple[Any, ...]]
+    machine: Mapping[str, Any]
     patterns: tuple[str, ...]
     solvers: tuple[str, ...]
     bound: str
@@ -306,19 +297,22 @@ def _problem_set(table: CheckedTable, labels: Sequence[str]) -> ProblemSet:
 def _model_set(table: CheckedTable, labels: Sequence[str]) -> ModelSet:
     patterns, solvers = _choices(table, labels)
     model = table.text("model")
+    table.texts("calibration")
+    table.text("evaluation")
+    values = {"objective": "plain", **table.values}
     found = ModelSet(
         model=model,
         name=table.text("name", short_name(model)),
-        calibration=table.texts("calibration"),
-        evaluation=table.text("evaluation"),
-        evaluation_limit=table.integer("evaluation_limit", 0, least=0),
-        samples=table.integers("samples", [128], least=1),
-        length=table.integer("length", 0, least=0),
-        mode=table.texts("mode", ["sequential"]),
-        objective=table.texts("objective", ["plain"]),
-        allocation=table.texts("allocation", [Allocation.UNIFORM]),
-        refine=table.integers("refine", [0], least=0),
-        update=table.texts("update", [""]),
+        options={
+            field.name: _tried(table, field, values)
+            for field in fields(PruneSettings)
+            if field.name not in ELSEWHERE
+        },
+        machine={
+            field.name: _one_of(table, field, table.option(field.name))
+            for field in fields(Machine)
+            if "kind" in field.metadata and field.name in table.values
+        },
         patterns=patterns,
         solvers=solvers,
         bound=table.text("bound", ""),
@@ -328,24 +322,33 @@ def _model_set(table: CheckedTable, labels: Sequence[str]) -> ModelSet:
         table.wrong("bound", f"one of {', '.join(BOUNDS)}", repr(found.bound))
     if found.bound_seconds and not found.bound:
         table.wrong("bound_seconds", "bound, the tier that the time is for", "none")
-    for mode in found.mode:
-        if mode not in set(Mode):
-            table.wrong("mode", f"one of {', '.join(Mode)}", repr(mode))
-    for rule in found.allocation:
-        if rule not in set(Allocation):
-            table.wrong("allocation", f"one of {', '.join(Allocation)}", repr(rule))
-    for text in filter(None, found.update):
-        try:
-            if parse_solver(text).group is not Group.WEIGHT_UPDATE:
-                table.wrong("update", "a solver that changes kept weights", repr(text))
-        except InputError as error:
-            table.wrong("update", "a solver", str(error))
-    try:
-        objective = tuple(str(Objective.parse(text)) for text in found.objective)
-    except InputError as error:
-        table.wrong("objective", "objectives", str(error))
+    for name in ELSEWHERE:
+        if name in table.values:
+            table.wrong(name, f"{name}s of the study, or of [[solver]]", repr(table.values[name]))
     table.finish()
-    return replace(found, objective=objective)
+    return found
+
+
+def _tried(table: CheckedTable, field: Field[Any], values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Plain values of one option that are tried, its default if the study does not name it."""
+    table.option(field.name)
+    if field.name not in values:
+        return (field.metadata["kind"].write(field.default),)
+    given = values[field.name]
+    if field.metadata["kind"].sample is list:  # a list is one value, a list of lists several
+        several = isinstance(given, list) and any(isinstance(each, list) for each in given)
+    else:
+        several = isinstance(given, list)
+    return tuple(_one_of(table, field, each) for each in (given if several else [given]))
+
+
+def _one_of(table: CheckedTable, field: Field[Any], value: Any) -> Any:
+    """``value`` as the option's plain value."""
+    kind = field.metadata["kind"]
+    try:
+        return kind.write(kind.read(value))
+    except (SparseswapsError, ValueError, TypeError) as error:
+        table.wrong(field.name, "a value of this option", str(error))
 
 
 def _choices(table: CheckedTable, labels: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -362,6 +365,6 @@ def _choices(table: CheckedTable, labels: Sequence[str]) -> tuple[tuple[str, ...
 def _check_patterns(table: CheckedTable, key: str, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         try:
-            SparsityPattern.parse(pattern, ANY_COLS)
+            PatternRule.parse(pattern)
         except InputError as error:
             table.wrong(key, "sparsity patterns", str(error))

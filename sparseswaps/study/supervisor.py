@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..study_records import UnitResult
+from ..records.study import UnitResult
 from .execute import failed, from_json
 
 # Seconds between two looks at a unit's memory.

@@ -1,0 +1,1 @@
+"""Exact search: masks proven to be the best, and how far a search came."""

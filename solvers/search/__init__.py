@@ -1,0 +1,1 @@
+"""Local search: swaps until none improves, and what goes beyond."""

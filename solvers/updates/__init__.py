@@ -1,0 +1,1 @@
+"""Solvers that change kept weights too."""

@@ -1,0 +1,425 @@
+"""What each layer of a model receives, block by block, with the model's own forward.
+
+A ``Stream`` is one network's activations on fixed token windows. To look into block ``i`` it calls
+the model's own forward, in which finished blocks return what they returned before and everything
+after block ``i`` is cut off. Embeddings, rotary tables, attention masks and whatever else a family
+computes around its blocks are the model's own business; no block is ever called by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from ..errors import InvalidModelError
+from ..models.blocks import Block, PrunableLayer, device_of, forward_inputs
+from ..models.offload import Residence
+from .store import TensorStore
+
+Observer = Callable[[PrunableLayer, Tensor], None]
+
+
+class _Stop(Exception):  # noqa: N818  (control flow, not an error)
+    """Everything that was wanted from this forward has been seen."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Layers of a block that are observed in one pass.
+
+    Attributes:
+        inputs: groups of layers; the members of a group share their input and so one Gram matrix.
+        reached: whether any token that was looked at came to them.
+    """
+
+    inputs: tuple[tuple[PrunableLayer, ...], ...]
+    reached: bool = True
+
+    @property
+    def layers(self) -> list[PrunableLayer]:
+        """All layers of the step."""
+        return [layer for group in self.inputs for layer in group]
+
+
+class Stream:
+    """Activations of one network on token windows, advanced block by block.
+
+    Args:
+        model: the network; its weights may change between calls.
+        blocks: its blocks, in the order of ``find_blocks``.
+        windows: (windows, length) token ids.
+        batch_size: windows per forward call.
+        skip: whether finished blocks return what they returned before; otherwise the whole model runs
+            every time, for models whose blocks depend on each other in other ways (``can_skip``).
+        store: keeps what blocks return; main memory by default.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        windows: Tensor,
+        batch_size: int,
+        skip: bool = True,
+        store: TensorStore | None = None,
+    ) -> None:
+        self._model = model
+        self._blocks = blocks
+        self._batches = torch.split(windows, batch_size)
+        self._skip = skip
+        self._done = 0
+        self._store = store or TensorStore()
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @property
+    def current(self) -> Block:
+        """The block that is looked into."""
+        return self._blocks[self._done]
+
+    def observe(
+        self,
+        batch: int,
+        layers: Sequence[PrunableLayer],
+        observer: Observer,
+        advance: bool = False,
+        writers: Sequence[PrunableLayer] = (),
+        stream_observer: Observer | None = None,
+    ) -> None:
+        """Run one batch and tell ``observer`` what each of ``layers`` receives.
+
+        Args:
+            batch: which one.
+            layers: layers of the current block.
+            observer: called with the layer and its input (..., cols).
+            advance: also keep what the block returns, for ``finish_block``.
+            writers: layers of the current block whose output is added to something (``residual_writers``).
+            stream_observer: called with each of them and what its output is added to (..., rows).
+        """
+        stop = self._skip and not advance and not writers
+        with ExitStack() as watching:
+            watching.enter_context(_observed(layers, observer, stop))
+            if writers and stream_observer is not None:
+                end = self._skip and not advance
+                watching.enter_context(_AdditionObserver(writers, stream_observer, end))
+            watching.enter_context(self._cut_after(batch, advance))
+            self._forward(batch)
+
+    def advance(self, batch: int) -> None:
+        """Run one batch through the current block and keep what it returns for ``finish_block``."""
+        if self._skip:
+            self.observe(batch, (), lambda _layer, _inputs: None, advance=True)
+
+    def finish_block(self) -> None:
+        """Go on to the next block, after every batch was advanced."""
+        self._done += 1
+
+    def _forward(self, batch: int) -> None:
+        device = device_of(self._model)
+        try:
+            with torch.no_grad():
+                self._model(**forward_inputs(self._model, self._batches[batch].to(device)))
+        except _Stop:
+            return
+
+    @contextmanager
+    def recalled(self, batch: int) -> Iterator[None]:
+        """Finished blocks return what they returned before for this batch; the others run as ever."""
+        device = device_of(self._model)
+
+        def recall(stack: int) -> Callable[..., Any]:
+            return lambda *_, **__: self._store.recall((batch, stack), device)
+
+        with ExitStack() as replaced:
+            for block in self._blocks[: self._done] if self._skip else ():
+                replaced.enter_context(forward_replaced(block.module, recall(block.stack)))
+            yield
+
+    @contextmanager
+    def _cut_after(self, batch: int, keep: bool) -> Iterator[None]:
+        """Finished blocks return what is stored; the model stops after the current one."""
+        if not self._skip:
+            yield
+            return
+        current = self.current
+        original = current.module.forward
+
+        def last(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            if keep:
+                self._store.keep((batch, current.stack), output)
+            raise _Stop
+
+        with self.recalled(batch), forward_replaced(current.module, last):
+            yield
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """``module`` calls ``forward``; afterwards whatever it called before (a wrapper included)."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+
+def can_skip(model: nn.Module, blocks: Sequence[Block], windows: Tensor) -> bool:
+    """Whether blocks depend on earlier ones only through what those return.
+
+    One window goes through the model once as it is and once block by block; the last block of each
+    stack must return the same. Models that hand something else from block to block (a cache shared
+    between layers) do not.
+    """
+    window = windows[:1]
+    ends: dict[int, Any] = {}
+    last = {block.stack: block.module for block in blocks}
+    handles = [
+        module.register_forward_hook(lambda _m, _i, output, stack=stack: ends.__setitem__(stack, output))
+        for stack, module in last.items()
+    ]
+    device = device_of(model)
+    try:
+        with torch.no_grad():
+            model(**forward_inputs(model, window.to(device)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    stream = Stream(model, blocks, window, 1)
+    for _ in blocks:
+        stream.advance(0)
+        stream.finish_block()
+    for stack, output in ends.items():
+        expected = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        found = stream._store.tensors((0, stack))
+        if len(expected) != len(found) or not all(
+            torch.equal(a.cpu(), b) for a, b in zip(expected, found, strict=True)
+        ):
+            return False
+    return True
+
+
+def stream_through(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    windows: Tensor,
+    batch_size: int,
+    residence: Residence,
+    store: TensorStore | None = None,
+) -> Stream:
+    """A stream whose blocks are all finished: each was in memory once, for all batches.
+
+    Args:
+        model: the network as it is now.
+        blocks: all its blocks, from ``find_blocks``.
+        windows: (windows, length) token ids.
+        batch_size: windows per forward call.
+        residence: where the blocks' weights are.
+        store: keeps what blocks return; main memory by default.
+    """
+    stream = Stream(model, blocks, windows, batch_size, store=store)
+    for block in blocks:
+        with residence.resident(block):
+            for batch in range(len(stream)):
+                stream.advance(batch)
+        stream.finish_block()
+    return stream
+
+
+def steps_of(stream: Stream) -> list[Step]:
+    """The current block's layers in the order in which the first batch reaches them.
+
+    Layers that receive the very same tensor form one group. The experts of a fused parameter form
+    one step, each with its own input. Layers that the first batch does not reach come last.
+    """
+    layers = stream.current.layers
+    seen: dict[tuple[Any, ...], list[PrunableLayer]] = {}
+    held: list[Tensor] = []  # as long as the tensors live, their addresses are theirs alone
+
+    def observer(layer: PrunableLayer, inputs: Tensor) -> None:
+        held.append(inputs)
+        key: tuple[Any, ...]
+        if layer.expert is not None:
+            key = (id(layer.module), layer.parameter)
+        else:
+            key = (inputs.data_ptr(), tuple(inputs.shape), inputs.stride())
+        group = seen.setdefault(key, [])
+        if layer not in group:
+            group.append(layer)
+
+    stream.observe(0, layers, observer)
+    steps = []
+    placed: set[PrunableLayer] = set()
+    for members in seen.values():
+        members = [layer for layer in members if layer not in placed]
+        if not members:
+            continue
+        if members[0].expert is not None:
+            first = members[0]
+            experts = [x for x in layers if x.module is first.module and x.parameter == first.parameter]
+            steps.append(Step(tuple((layer,) for layer in experts)))
+            placed.update(experts)
+        else:
+            steps.append(Step((tuple(members),)))
+            placed.update(members)
+    steps += [Step(((layer,),), reached=False) for layer in layers if layer not in placed]
+    return steps
+
+
+def residual_writers(stream: Stream) -> list[PrunableLayer]:
+    """The current block's layers whose output, as wide as the block's input, is added to something as it is.
+
+    These write into the residual stream (attention output, second layer of an MLP); what their output is
+    added to is the stream. Layers whose output is normed first, or goes through a router, are none.
+    """
+    layers = [layer for layer in stream.current.layers if layer.expert is None]
+    found: list[PrunableLayer] = []
+    widths: list[int] = []
+
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        widths.append((args[0] if args else next(iter(kwargs.values()))).shape[-1])
+
+    def note(layer: PrunableLayer, _stream: Tensor) -> None:
+        found.append(layer)
+
+    handle = stream.current.module.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        stream.observe(0, (), lambda *_: None, writers=layers, stream_observer=note)
+    finally:
+        handle.remove()
+    # an activation function may add a layer's output to a power of itself; it is wider than the stream
+    return [layer for layer in layers if layer in found and layer.weight.shape[0] == widths[0]]
+
+
+class _AdditionObserver(TorchFunctionMode):
+    """Sees what the outputs of some layers are added to.
+
+    With ``stop`` the forward ends when all of them have been seen.
+    """
+
+    _ADDITIONS = frozenset(
+        {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+    )
+
+    def __init__(self, layers: Sequence[PrunableLayer], observer: Observer, stop: bool) -> None:
+        super().__init__()
+        self._observer = observer
+        self._stop = stop
+        self._waiting = set(layers)
+        self._outputs: list[tuple[PrunableLayer, Tensor]] = []  # held, so that addresses stay theirs
+        self._handles = [layer.module.register_forward_hook(self._hook_of(layer)) for layer in layers]
+
+    def _hook_of(self, layer: PrunableLayer) -> Callable[..., None]:
+        return lambda _module, _inputs, output: self._outputs.append((layer, output))
+
+    def __exit__(self, *args: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._outputs.clear()
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in self._ADDITIONS and len(args) == 2 and all(isinstance(each, Tensor) for each in args):
+            for term, other in (args, args[::-1]):
+                layer = self._layer_of(term)
+                if layer in self._waiting and term.shape == other.shape:
+                    self._waiting.discard(layer)
+                    self._observer(layer, other)
+            if self._stop and not self._waiting:
+                raise _Stop
+        return func(*args, **(kwargs or {}))
+
+    def _layer_of(self, tensor: Tensor) -> PrunableLayer | None:
+        """The layer whose output this is, be it reshaped."""
+        for layer, output in self._outputs:
+            same = output.data_ptr() == tensor.data_ptr() and output.numel() == tensor.numel()
+            if same and output.shape[-1] == tensor.shape[-1]:
+                return layer
+        return None
+
+
+@contextmanager
+def _observed(layers: Sequence[PrunableLayer], observer: Observer, stop: bool) -> Iterator[None]:
+    """Tell ``observer`` what each of ``layers`` receives.
+
+    With ``stop`` the forward ends after the last of them, unless some are experts, which are
+    reached as the router decides.
+    """
+    modules = [layer for layer in layers if layer.expert is None]
+    experts = [layer for layer in layers if layer.expert is not None]
+    waiting = {layer.name for layer in modules}
+
+    def hook_of(layer: PrunableLayer) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            observer(layer, inputs)
+            waiting.discard(layer.name)
+            if stop and not waiting and not experts:
+                raise _Stop
+
+        return hook
+
+    handles = [layer.module.register_forward_pre_hook(hook_of(layer), with_kwargs=True) for layer in modules]
+    try:
+        if experts:
+            with _ExpertObserver(experts, observer):
+                yield
+        else:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _ExpertObserver(TorchFunctionMode):
+    """Sees the matrix products with single experts' weights, whatever module makes them."""
+
+    def __init__(self, layers: Sequence[PrunableLayer], observer: Observer) -> None:
+        super().__init__()
+        self._layers = {layer.stored.data_ptr(): layer for layer in layers}
+        self._observer = observer
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        products = (nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__)
+        if func in products and len(args) > 1 and isinstance(args[1], Tensor) and args[1].ndim == 2:
+            layer = self._layers.get(args[1].data_ptr())
+            if layer is not None:
+                self._observer(layer, args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def experts_one_by_one(model: nn.Module) -> Iterator[None]:
+    """Let fused experts run one product per expert, so that each one's inputs can be seen."""
+    setter = getattr(model, "set_experts_implementation", None)
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "_experts_implementation", None)
+    if setter is None or before in (None, "eager"):
+        yield
+        return
+    try:
+        setter("eager")
+    except (ValueError, KeyError) as error:
+        raise InvalidModelError(
+            f"{type(model).__name__}: expected experts that run one by one, found {error}"
+        ) from error
+    try:
+        yield
+    finally:
+        setter(before)

@@ -1,0 +1,293 @@
+"""Gram matrices of a model's layers, gathered from its activations on token windows.
+
+Windows are cut into batches and batches into at most ``PARTS`` groups of neighbours, both independent of the
+number of processes. The sums of a group are made by the rank that owns it and added group after group,
+so that they are the same, bit for bit, on one process or many. Beside a sum every rank holds one group's
+and, for as long as it is sent, another one's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidModelError, InvalidProblemError
+from ..models.blocks import Block, PrunableLayer
+from ..problems import GramAccumulator
+from ..ranks import Ranks
+from .activations import Step, Stream, residual_writers, steps_of
+from .store import TensorStore
+
+# Tokens per forward call: enough to keep a processor busy, few enough for its memory.
+TOKENS_PER_BATCH = 8192
+# Batches that there are at least, where there are as many windows: work for several processes.
+LEAST_BATCHES = 4
+# Groups of batches whose sums are added in order: as many processes can share the windows.
+PARTS = 32
+
+
+def batch_size_for(length: int) -> int:
+    """Windows of ``length`` tokens per forward call."""
+    return max(1, TOKENS_PER_BATCH // length)
+
+
+def gradient_batch_size_for(length: int) -> int:
+    """Windows of ``length`` tokens per forward and backward call: half, for what the backward pass keeps."""
+    return max(1, batch_size_for(length) // 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """Activations of the pruned network, and beside them of the dense one where drift needs them.
+
+    Attributes:
+        pruned: on all batches; a rank holds those that it owns.
+        dense: the same of the dense model, or None.
+        probe: of the pruned network on one window, which shows how a block's layers depend on each other.
+        parts: groups of batches.
+        ranks: the processes; group ``i`` belongs to rank ``i`` modulo their number.
+    """
+
+    pruned: Stream
+    dense: Stream | None
+    probe: Stream
+    parts: tuple[range, ...]
+    ranks: Ranks
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        windows: Tensor,
+        skip: bool,
+        dense: bool,
+        ranks: Ranks,
+        store: TensorStore,
+    ) -> Flow:
+        """The flow of ``windows`` (windows, length) through ``model`` as it is now.
+
+        Args:
+            model: the network.
+            blocks: from ``find_blocks``.
+            windows: token windows.
+            skip: whether finished blocks can be skipped (``can_skip``).
+            dense: whether the dense network's activations travel beside the pruned one's.
+            ranks: the processes.
+            store: whose siblings keep the activations.
+        """
+        size = max(1, min(batch_size_for(windows.shape[1]), len(windows) // LEAST_BATCHES))
+        pruned = Stream(model, blocks, windows, size, skip, store.sibling())
+        count = min(PARTS, len(pruned))
+        ends = [i * len(pruned) // count for i in range(count + 1)]
+        return cls(
+            pruned,
+            Stream(model, blocks, windows, size, skip, store.sibling()) if dense else None,
+            Stream(model, blocks, windows[:1], 1, skip, store.sibling()),
+            tuple(range(first, last) for first, last in pairwise(ends)),
+            ranks,
+        )
+
+    def own_batches(self) -> list[int]:
+        """Batches of this rank."""
+        own = self.parts[self.ranks.number :: self.ranks.count]
+        return [batch for part in own for batch in part]
+
+    def steps(self) -> list[Step]:
+        """``steps_of`` the current block, the same on every rank."""
+        layers = {layer.name: layer for layer in self.pruned.current.layers}
+
+        def found() -> list[list[list[str]]]:
+            steps = steps_of(self.probe)
+            if not all(step.reached for step in steps):  # few tokens do not come to every expert
+                steps = steps_of(self.pruned)
+            return [[[layer.name for layer in group] for group in step.inputs] for step in steps]
+
+        names = self.ranks.from_first(found)
+        return [Step(tuple(tuple(layers[name] for name in group) for group in step)) for step in names]
+
+    def writers(self) -> list[PrunableLayer]:
+        """``residual_writers`` of the current block, the same on every rank."""
+        layers = {layer.name: layer for layer in self.pruned.current.layers}
+        names = self.ranks.from_first(lambda: [layer.name for layer in residual_writers(self.probe)])
+        return [layers[name] for name in names]
+
+    def finish_block(self, block: Block, dense: Mapping[str, Tensor], advanced: bool) -> None:
+        """Go on to the next block; ``advanced`` says that the pruned network's outputs are there already."""
+        if not advanced:
+            for batch in self.own_batches():
+                self.pruned.advance(batch)
+        self.pruned.finish_block()
+        if self.ranks.first:
+            self.probe.advance(0)
+        self.probe.finish_block()
+        if self.dense is not None:
+            with other_weights(block, dense):
+                for batch in self.own_batches():
+                    self.dense.advance(batch)
+            self.dense.finish_block()
+
+
+def gather(
+    flow: Flow,
+    block: Block,
+    step: Step,
+    dense: Mapping[str, Tensor],
+    advance: bool,
+    writers: Sequence[PrunableLayer],
+) -> dict[str, GramAccumulator]:
+    """Sums over all batches for the first layer of each group of ``step``, by its name, on every rank.
+
+    Args:
+        flow: activations at the current block.
+        block: the current block.
+        step: some of its layers.
+        dense: weights of the block in the dense model, by layer name.
+        advance: also keep what the block returns.
+        writers: layers that write into the residual stream; those alone in their group get residual sums.
+
+    Raises:
+        InvalidModelError: for NaN or Inf in activations, naming the layer; on every rank.
+    """
+    ranks = flow.ranks
+    totals: dict[str, GramAccumulator] = {}
+    for first in range(0, len(flow.parts), ranks.count):
+        last = min(first + ranks.count, len(flow.parts))
+        mine = first + ranks.number
+        sums = _empty_sums(flow, step, writers)
+
+        def observe(mine: int = mine, sums: dict[str, GramAccumulator] = sums) -> dict[str, int]:
+            for batch in flow.parts[mine] if mine < len(flow.parts) else ():
+                _observe_batch(flow, block, step, dense, advance, writers, batch, sums)
+            return {name: each.tokens for name, each in sums.items()}
+
+        tokens = ranks.gather(observe)
+        for owner in range(last - first):
+            for name, count in tokens[owner].items():
+                if count or name not in totals:
+                    _add_part(totals, name, sums[name], count, owner, ranks)
+        sums.clear()  # before those of the next group are made
+    return totals
+
+
+def _add_part(
+    totals: dict[str, GramAccumulator],
+    name: str,
+    own: GramAccumulator,
+    tokens: int,
+    owner: int,
+    ranks: Ranks,
+) -> None:
+    """Add the sums of rank ``owner``, whose ``tokens`` are known, to those of ``name``."""
+    part = own if owner == ranks.number else own.empty_like()
+    for tensor in part.state_dict().values():
+        if tensor.ndim:
+            ranks.broadcast(tensor, owner)
+    part.tokens = tokens
+    if name in totals:
+        totals[name].merge(part)
+    else:
+        totals[name] = part
+
+
+def _empty_sums(flow: Flow, step: Step, writers: Sequence[PrunableLayer]) -> dict[str, GramAccumulator]:
+    alone = [group[0] for group in step.inputs if len(group) == 1 and group[0] in writers]
+    sums = {}
+    for group in step.inputs:
+        layer = group[0]
+        # a router may send a token to other experts than in the dense model: no drift there
+        with_drift = flow.dense is not None and layer.expert is None
+        rows, cols = layer.weight.shape
+        sums[layer.name] = GramAccumulator(
+            cols, layer.weight.device, with_drift, rows if layer in alone else 0
+        )
+    return sums
+
+
+def _observe_batch(
+    flow: Flow,
+    block: Block,
+    step: Step,
+    dense: Mapping[str, Tensor],
+    advance: bool,
+    writers: Sequence[PrunableLayer],
+    batch: int,
+    sums: dict[str, GramAccumulator],
+) -> None:
+    """Add one batch to ``sums``."""
+    leaders = [group[0] for group in step.inputs]
+    alone = [group[0] for group in step.inputs if len(group) == 1 and group[0] in writers]
+    waiting: dict[str, Tensor] = {}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    streams: dict[str, Tensor] = {}
+
+    def observe(layer: PrunableLayer, inputs: Tensor) -> None:
+        if sums[layer.name].has_drift:
+            waiting[layer.name] = inputs
+        else:
+            add_inputs(sums[layer.name], layer, inputs)
+
+    def pair(layer: PrunableLayer, inputs: Tensor) -> None:
+        if layer.name not in waiting:
+            return
+        found = waiting.pop(layer.name)
+        if sums[layer.name].has_residual:
+            pairs[layer.name] = found, inputs
+        else:
+            add_inputs(sums[layer.name], layer, found, inputs)
+
+    def keep_stream(layer: PrunableLayer, stream: Tensor) -> None:
+        streams[layer.name] = stream.clone()  # the addition may happen in place
+
+    def pair_stream(layer: PrunableLayer, stream: Tensor) -> None:
+        found, inputs = pairs.pop(layer.name)
+        add_inputs(sums[layer.name], layer, found, inputs, stream_loss(stream, streams.pop(layer.name)))
+
+    flow.pruned.observe(batch, leaders, observe, advance, alone, keep_stream)
+    if flow.dense is not None:
+        with other_weights(block, dense):
+            flow.dense.observe(batch, leaders, pair, False, alone, pair_stream)
+
+
+def stream_loss(dense: Tensor, pruned: Tensor) -> Tensor:
+    """What the pruned residual stream has lost, up to its scale (tokens..., channels), float32 or wider.
+
+    ``s = r - c r̂`` with each token's ``c = ⟨r, r̂⟩ / ⟨r̂, r̂⟩``: normalisation layers forget the scale of what
+    they read, so that repairing it as well (``c = 1``) spends weights on nothing.
+    """
+    kind = torch.promote_types(dense.dtype, torch.float32)
+    size = pruned.double().square().sum(-1, keepdim=True)
+    scale = (dense.double() * pruned.double()).sum(-1, keepdim=True) / torch.where(size > 0, size, 1.0)
+    return dense.to(kind) - scale.to(kind) * pruned.to(kind)
+
+
+def add_inputs(
+    sums: GramAccumulator,
+    layer: PrunableLayer,
+    inputs: Tensor,
+    dense_inputs: Tensor | None = None,
+    residual_loss: Tensor | None = None,
+) -> None:
+    """Add a batch to the sums of ``layer``, whose name an error then says."""
+    try:
+        sums.update(inputs, dense_inputs, residual_loss)
+    except InvalidProblemError as error:
+        raise InvalidModelError(f"inputs of layer {layer.name}: {error}") from error
+
+
+@contextmanager
+def other_weights(block: Block, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """The block's layers have other weights for a while."""
+    before = {layer.name: layer.weight.clone() for layer in block.layers}
+    for layer in block.layers:
+        layer.write(weights[layer.name])
+    try:
+        yield
+    finally:
+        for layer in block.layers:
+            layer.write(before[layer.name])

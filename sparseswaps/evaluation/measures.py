@@ -1,0 +1,112 @@
+"""How good a model is: perplexity of causal models, similarity of embeddings of the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.blocks import device_of, forward_inputs, model_kind
+
+# Logits of one forward call: windows x tokens x vocabulary entries in float32 stay below 1 GiB.
+LOGIT_ENTRIES = 1 << 28
+TOKENS_PER_BATCH = 8192
+
+Report = Callable[[int, int], None]
+# Open while the model runs on a batch: the blocks of an offloaded model return what they returned before.
+Recall = Callable[[int], AbstractContextManager[None]]
+
+
+def perplexity_batch_size(model: nn.Module, length: int) -> int:
+    """Windows of ``length`` tokens per forward call of ``perplexity``."""
+    vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 1 << 15))
+    return max(1, min(TOKENS_PER_BATCH // length, LOGIT_ENTRIES // (length * vocabulary)))
+
+
+def embedding_batch_size(length: int) -> int:
+    """Windows of ``length`` tokens per forward call of ``pooled_embeddings``."""
+    return max(1, TOKENS_PER_BATCH // length)
+
+
+def perplexity(
+    model: nn.Module, windows: Tensor, report: Report | None = None, recall: Recall | None = None
+) -> float:
+    """Perplexity by the field's protocol (SparseGPT's evaluation).
+
+    Mean over windows of the mean cross-entropy over the length - 1 shifted tokens, then exp.
+
+    Args:
+        model: a causal model.
+        windows: (windows, length) token ids, non-overlapping.
+        report: called with (windows done, windows in all).
+        recall: opened with the number of each batch.
+    """
+    return perplexity_of(batch_losses(model, windows, report, recall), len(windows))
+
+
+def perplexity_of(losses: Sequence[float], windows: int) -> float:
+    """Perplexity from ``batch_losses`` of so many windows."""
+    mean = sum(losses) / windows
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def batch_losses(
+    model: nn.Module, windows: Tensor, report: Report | None = None, recall: Recall | None = None
+) -> list[float]:
+    """For each batch the sum over its windows of the mean cross-entropy; arguments as for ``perplexity``."""
+    device = device_of(model)
+    found = []
+    size = perplexity_batch_size(model, windows.shape[1])
+    for number, (done, batch) in enumerate(_batches(windows, size)):
+        with torch.no_grad(), recall(number) if recall else nullcontext():
+            inputs = batch.to(device)
+            logits = model(**forward_inputs(model, inputs)).logits[:, :-1].float()
+            losses = nn.functional.cross_entropy(logits.transpose(1, 2), inputs[:, 1:], reduction="none")
+        found.append(float(losses.double().mean(1).sum()))
+        if report:
+            report(done, len(windows))
+    return found
+
+
+def pooled_embeddings(
+    model: nn.Module, windows: Tensor, report: Report | None = None, recall: Recall | None = None
+) -> Tensor:
+    """Mean-pooled last hidden states (windows, hidden), float32, on the CPU.
+
+    Args:
+        model: an encoder, or an encoder-decoder, whose encoder is used.
+        windows: (windows, length) token ids without padding.
+        report: called with (windows done, windows in all).
+        recall: opened with the number of each batch.
+    """
+    base: Any = getattr(model, "base_model", model)
+    device = device_of(model)
+    pooled = []
+    for number, (done, batch) in enumerate(_batches(windows, embedding_batch_size(windows.shape[1]))):
+        with torch.no_grad(), recall(number) if recall else nullcontext():
+            output = base(**forward_inputs(model, batch.to(device)))
+        hidden = getattr(output, "encoder_last_hidden_state", None)
+        hidden = output.last_hidden_state if hidden is None else hidden
+        pooled.append(hidden.float().mean(1).cpu())
+        if report:
+            report(done, len(windows))
+    return torch.cat(pooled)
+
+
+def mean_cosine(embeddings: Tensor, reference: Tensor) -> float:
+    """Mean cosine similarity of corresponding rows, each (windows, hidden)."""
+    return float(nn.functional.cosine_similarity(embeddings.double(), reference.double(), dim=1).mean())
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether perplexity is the measure; otherwise it is the cosine of pooled embeddings."""
+    return model_kind(model) == "causal"
+
+
+def _batches(windows: Tensor, size: int) -> list[tuple[int, Tensor]]:
+    """Batches with the number of windows that are done after each."""
+    return [(min(i + size, len(windows)), windows[i : i + size]) for i in range(0, len(windows), size)]

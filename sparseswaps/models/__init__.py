@@ -1,0 +1,19 @@
+"""Hugging Face models: loaded, offloaded, and as blocks of prunable layers."""
+
+from .blocks import DEFAULT_EXCLUDE, Block, PrunableLayer, find_blocks, max_length, model_kind, weight_hash
+from .loading import LoadedModel, load_model, resolve_device
+from .offload import Residence
+
+__all__ = [
+    "DEFAULT_EXCLUDE",
+    "Block",
+    "LoadedModel",
+    "PrunableLayer",
+    "Residence",
+    "find_blocks",
+    "load_model",
+    "max_length",
+    "model_kind",
+    "resolve_device",
+    "weight_hash",
+]

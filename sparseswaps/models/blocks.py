@@ -1,0 +1,212 @@
+"""Hugging Face models as a list of blocks of prunable linear layers.
+
+Nothing here knows a model family. Blocks are the members of the outermost ``ModuleList``s that hold
+linear layers (decoder or encoder stacks); prunable are ``nn.Linear``, GPT-2's ``Conv1D`` and the
+fused three-dimensional expert weights of mixtures of experts. Embeddings, output heads and routers
+stay dense, because they are outside the stacks or excluded by name.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidModelError
+
+ModelKind = Literal["causal", "seq2seq", "encoder"]
+
+# Routers choose experts: a handful of weights on which everything after them depends.
+DEFAULT_EXCLUDE = ("*router*", "*.gate", "*shared_expert_gate")
+
+
+@dataclass(frozen=True, eq=False)
+class PrunableLayer:
+    """One linear map inside a block.
+
+    Attributes:
+        name: dotted name in the model, with the expert's number at the end for fused experts.
+        block: index of its block in forward order.
+        module: the module that holds the weight.
+        parameter: name of the parameter in ``module``.
+        transposed: whether the parameter is stored (cols, rows), as in ``Conv1D``.
+        expert: index into a fused parameter (experts, ., .), or None.
+    """
+
+    name: str
+    block: int
+    module: nn.Module
+    parameter: str
+    transposed: bool
+    expert: int | None = None
+
+    @property
+    def parameter_name(self) -> str:
+        """Dotted name of the parameter in the model."""
+        return f"{self.name}.{self.parameter}" if self.expert is None else self.name.rpartition(".")[0]
+
+    @property
+    def stored(self) -> Tensor:
+        """The weight as it is stored, a view into the parameter."""
+        parameter: Tensor = getattr(self.module, self.parameter).detach()
+        return parameter if self.expert is None else parameter[self.expert]
+
+    @property
+    def weight(self) -> Tensor:
+        """``W`` (rows, cols), a view: writing to it changes the model."""
+        return self.within(getattr(self.module, self.parameter).detach())
+
+    def within(self, parameter: Tensor) -> Tensor:
+        """``W`` (rows, cols), a view into the parameter that holds it."""
+        stored = parameter if self.expert is None else parameter[self.expert]
+        return stored.T if self.transposed else stored
+
+    def write(self, weight: Tensor) -> None:
+        """Replace the weight (rows, cols) in place."""
+        with torch.no_grad():
+            self.weight.copy_(weight)
+
+    @property
+    def kind(self) -> str:
+        """Type of the layer inside its block, such as ``q_proj``: the last word of its name."""
+        return next(part for part in reversed(self.name.split(".")) if not part.isdigit())
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One repeated block of a stack.
+
+    Attributes:
+        name: dotted name, such as ``model.layers.3``.
+        stack: index of the stack that it belongs to (encoder, decoder).
+        module: the block itself.
+        layers: its prunable layers, in module order.
+    """
+
+    name: str
+    stack: int
+    module: nn.Module
+    layers: tuple[PrunableLayer, ...]
+
+
+def find_blocks(
+    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = DEFAULT_EXCLUDE
+) -> list[Block]:
+    """Blocks of ``model`` with their prunable layers, in module order.
+
+    Args:
+        model: any decoder, encoder or encoder-decoder.
+        include: shell patterns of layer names; empty means all.
+        exclude: shell patterns of layer names that stay dense.
+
+    Raises:
+        InvalidModelError: if nothing prunable is found.
+    """
+    blocks: list[Block] = []
+    seen: set[tuple[int, tuple[int, ...], int]] = set()
+    for stack, (stack_name, modules) in enumerate(stacks_of(model)):
+        for index, module in enumerate(modules):
+            name = f"{stack_name}.{index}" if stack_name else str(index)
+            layers = []
+            for layer in _layers_of(module, name, len(blocks)):
+                stored = layer.stored
+                # parameters of an offloaded model have no storage: there a tied one is the same object
+                place = id(getattr(layer.module, layer.parameter)) if stored.is_meta else stored.data_ptr()
+                identity = (place, tuple(stored.shape), int(stored.storage_offset()))
+                chosen = not include or any(fnmatch.fnmatchcase(layer.name, p) for p in include)
+                chosen &= not any(fnmatch.fnmatchcase(layer.name, p) for p in exclude)
+                # a tied weight is the same storage under a second name
+                if chosen and identity not in seen:
+                    seen.add(identity)
+                    layers.append(layer)
+            blocks.append(Block(name, stack, module, tuple(layers)))
+    if not any(block.layers for block in blocks):
+        raise InvalidModelError(
+            f"{type(model).__name__} has no layer to prune: expected linear layers in a stack of blocks "
+            f"that match include {list(include) or ['*']} and not exclude {list(exclude)}, found none"
+        )
+    return blocks
+
+
+def stacks_of(model: nn.Module) -> list[tuple[str, Sequence[nn.Module]]]:
+    """Outermost lists of blocks that hold linear layers; the whole model as one block if none."""
+    stacks: list[tuple[str, Sequence[nn.Module]]] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer, _ in stacks):
+            continue
+        if isinstance(module, nn.ModuleList) and any(True for _ in _layers_of(module, name, 0)):
+            stacks.append((name, list(module)))
+    return stacks or [("", [model])]
+
+
+def _layers_of(module: nn.Module, prefix: str, block: int) -> Iterable[PrunableLayer]:
+    for name, child in module.named_modules(prefix=prefix):
+        if isinstance(child, nn.Linear):
+            yield PrunableLayer(name, block, child, "weight", transposed=False)
+        elif type(child).__name__ == "Conv1D" and getattr(child, "weight", None) is not None:
+            yield PrunableLayer(name, block, child, "weight", transposed=True)
+        elif type(child).__name__.endswith("Experts"):
+            for parameter, values in child.named_parameters(recurse=False):
+                if values.ndim == 3:
+                    transposed = bool(getattr(child, "is_transposed", False))
+                    for expert in range(values.shape[0]):
+                        yield PrunableLayer(
+                            f"{name}.{parameter}.{expert}", block, child, parameter, transposed, expert
+                        )
+
+
+def model_kind(model: nn.Module) -> ModelKind:
+    """What the model computes: next-token logits, a sequence from a sequence, or embeddings."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        return "causal"
+    return "encoder"
+
+
+def max_length(model: nn.Module) -> int | None:
+    """The longest window that the model's positions allow, or None if it says nothing."""
+    config: Any = getattr(model, "config", None)
+    for name in ("max_position_embeddings", "n_positions"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def check_finite(blocks: Sequence[Block]) -> None:
+    """Raise ``InvalidModelError`` naming the first layer whose weight holds NaN or Inf."""
+    for block in blocks:
+        for layer in block.layers:
+            bad = int((~torch.isfinite(layer.stored)).sum())
+            if bad:
+                raise InvalidModelError(
+                    f"weight of layer {layer.name}: expected finite values, found {bad} NaN or Inf"
+                )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes: where its weights are that are not offloaded."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def weight_hash(weight: Tensor) -> str:
+    """SHA-256 of a weight's bytes, (rows, cols) row by row, in its own dtype."""
+    values = weight.detach().cpu().contiguous()
+    return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def forward_inputs(model: nn.Module, windows: Tensor) -> dict[str, Any]:
+    """Keyword arguments of ``model.forward`` for token windows (batch, length)."""
+    inputs: dict[str, Any] = {"input_ids": windows}
+    if model_kind(model) == "seq2seq":
+        inputs["decoder_input_ids"] = windows
+    if hasattr(getattr(model, "config", None), "use_cache"):
+        inputs["use_cache"] = False
+    return inputs

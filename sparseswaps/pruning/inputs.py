@@ -1,0 +1,157 @@
+"""What goes into a run: model, blocks, windows; loaded and checked before any work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration.windows import Windows, calibration_windows, evaluation_windows, window_length
+from ..errors import InputError, InvalidTextError
+from ..evaluation.measures import is_causal
+from ..models.blocks import Block, PrunableLayer, check_finite, device_of, find_blocks
+from ..models.loading import LoadedModel, load_model, resolve_device
+from .allocation import check_allocation
+from .layer_solving import patterns_of
+from .memory import Estimate, estimate, require_memory
+from .pipeline import check_options, with_stated_drifts
+from .refinement import check_refinement
+from .settings import Machine, Mode, PruneSettings
+
+# Windows of the evaluation text on which layer errors are measured as well.
+HELD_OUT_WINDOWS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Model and texts of a run.
+
+    Attributes:
+        settings: with stated drifts and the windows' length.
+        model: loaded.
+        blocks: its prunable blocks.
+        calibration, evaluation: windows; no evaluation is None.
+        device: where it computes.
+        activation_limit: bytes of activations in main memory, or None.
+    """
+
+    settings: PruneSettings
+    model: LoadedModel
+    blocks: list[Block]
+    calibration: Windows
+    evaluation: Windows | None
+    device: torch.device
+    activation_limit: int | None
+
+    @property
+    def layers(self) -> list[PrunableLayer]:
+        """All prunable layers, in forward order."""
+        return [layer for block in self.blocks for layer in block.layers]
+
+    @property
+    def held_out(self) -> Tensor | None:
+        """Evaluation windows on which layer errors are measured, evenly spread."""
+        return None if self.evaluation is None else _spread(self.evaluation.tokens, HELD_OUT_WINDOWS)
+
+
+def gather_inputs(
+    model: str | os.PathLike[str] | LoadedModel,
+    settings: PruneSettings,
+    machine: Machine,
+    announce: Callable[[Estimate], None] | None = None,
+) -> Inputs:
+    """Load and check everything; shapes and texts first, so that a large model is not loaded for nothing.
+
+    Args:
+        model: directory, hub name, or a loaded model.
+        settings: of the run.
+        machine: where it runs.
+        announce: told what the run will need, before the weights are loaded.
+
+    Raises:
+        InputError: for anything that cannot be used.
+    """
+    target = resolve_device(machine.device)
+    given = isinstance(model, LoadedModel)
+    if isinstance(model, LoadedModel):
+        shapes = model
+    else:
+        shapes = load_model(model, target, machine.dtype, weights=False)
+    settings = with_stated_drifts(replace(settings, length=window_length(shapes, settings.length)))
+    calibration, evaluation = _windows(shapes, settings)
+    blocks = find_blocks(shapes.model, settings.include, settings.exclude)
+    patterns = patterns_of(blocks, settings.pattern)
+    check_options(settings, patterns.values())
+    check_allocation(settings.allocation, settings.pattern)
+    check_refinement(blocks, patterns, settings.refine)
+    offload = shapes.residence.offloaded if given else machine.offload
+    if settings.refine and offload:
+        raise InputError(
+            "refinement changes layers of all blocks in turn: expected a model in memory, found offloading"
+        )
+    limit = None if machine.activation_limit is None else int(machine.activation_limit * 1e9)
+    needs = estimate(
+        shapes.model,
+        blocks,
+        calibration.tokens,
+        0 if evaluation is None else min(len(evaluation), HELD_OUT_WINDOWS),
+        settings.objective.needs_dense_stream,
+        settings.objective.residual > 0,
+        settings.objective.metric,
+        settings.mode is Mode.ONE_SHOT,
+        machine.ranks.count,
+        limit,
+        device_of(shapes.model) if given else target,
+        offload,
+    )
+    if announce is not None and machine.ranks.first:
+        announce(needs)
+    require_memory(needs, target, with_model=not given, offload=offload)
+    loaded = model if isinstance(model, LoadedModel) else load_model(model, target, machine.dtype, offload)
+    blocks = find_blocks(loaded.model, settings.include, settings.exclude)
+    for block in blocks:
+        with loaded.residence.resident(block):
+            check_finite([block])
+    return Inputs(settings, loaded, blocks, calibration, evaluation, target, limit)
+
+
+def _windows(shapes: LoadedModel, settings: PruneSettings) -> tuple[Windows, Windows | None]:
+    """Windows of the calibration and of the evaluation text."""
+    length, special = settings.length or 0, not is_causal(shapes.model)
+    source = settings.calibration
+    if source is None:
+        raise InputError("calibration: expected a text, a token file or a dataset, found none")
+    windows = (
+        source
+        if isinstance(source, Windows)
+        else calibration_windows(source, shapes.tokenizer, settings.samples, length, settings.seed, special)
+    )
+    other = settings.evaluation
+    if other is not None and not isinstance(other, Windows):
+        other = evaluation_windows(
+            other, shapes.tokenizer, length, settings.evaluation_limit, special_tokens=special
+        )
+    _check_vocabulary(shapes, windows, other)
+    return windows, other
+
+
+def _spread(windows: Tensor, count: int) -> Tensor:
+    """At most ``count`` windows, evenly spread."""
+    if len(windows) <= count:
+        return windows
+    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
+
+
+def _check_vocabulary(loaded: LoadedModel, *windows: Windows | None) -> None:
+    embeddings: Any = loaded.model.get_input_embeddings()
+    size = int(embeddings.num_embeddings)
+    for each in windows:
+        if each is not None and not 0 <= int(each.tokens.min()) <= int(each.tokens.max()) < size:
+            raise InvalidTextError(
+                f"tokens of {each.source}: expected ids from 0 to {size - 1}, the vocabulary of "
+                f"{loaded.source}, found {int(each.tokens.min())} to {int(each.tokens.max())}"
+            )

@@ -1,0 +1,63 @@
+"""What a run found out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ..records.run import LayerRecord
+from .settings import PruneSettings
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """Everything that one run found out, ready to be written as JSON.
+
+    Attributes:
+        model: directory or name; settings: what was asked for, every default resolved.
+        loss_start, loss: before and after the refinement (see ``refinement``), None without;
+            refinement_swaps: weights that it exchanged. Layer records are from before it.
+        calibration_hash: SHA-256 of the calibration windows' tokens.
+        evaluation_windows: number of evaluation windows, each as long as those.
+        perplexity_dense, perplexity_pruned: of causal models.
+        cosine: mean cosine of pooled embeddings to the dense model's, for the others.
+        layers: one record per layer; where kept weights were updated they are from that pass.
+        error_start, error, held_out_error: means over layers of the relative layer errors of the warm
+            start and of the result, on calibration and on held-out text (see ``LayerRecord``).
+        sparsity: pruned share of the prunable weights.
+        seconds: wall-clock time of the whole run; seconds_layers: of the searches alone.
+        peak_memory_mb: largest resident set of the process; on CUDA the device's peak beside it.
+        device, versions: where and with what.
+        out: directory of the pruned model, or None.
+    """
+
+    model: str
+    settings: PruneSettings
+    loss_start: float | None
+    loss: float | None
+    refinement_swaps: int
+    calibration_hash: str
+    evaluation_windows: int
+    perplexity_dense: float | None
+    perplexity_pruned: float | None
+    cosine: float | None
+    layers: tuple[LayerRecord, ...]
+    error_start: float
+    error: float
+    held_out_error: float | None
+    sparsity: float
+    seconds: float
+    seconds_layers: float
+    peak_memory_mb: float
+    peak_device_memory_mb: float | None
+    device: str
+    versions: Mapping[str, str]
+    out: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values only; the settings stand beside the rest, by their own names."""
+        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "settings"}
+        found["layers"] = [asdict(layer) for layer in self.layers]
+        found["versions"] = dict(self.versions)
+        return {**self.settings.plain(), **found}

@@ -1,0 +1,292 @@
+"""The main job: load a model, prune it, measure it, save it, verify what was saved."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration.dense_outputs import DenseOutputs
+from ..calibration.gathering import gradient_batch_size_for
+from ..calibration.store import TensorStore
+from ..errors import InputError
+from ..evaluation.measures import is_causal, mean_cosine
+from ..evaluation.quality import model_embeddings, model_perplexity
+from ..machine import peak_memory_mb, versions
+from ..masks.saving import check_folder, dense_weights, hash_of_all, run_record, save_run
+from ..models.loading import LoadedModel, resolve_device
+from ..problems.pattern import Pattern, pattern_of
+from ..progress import Progress, Silent
+from ..ranks import Ranks
+from ..records.run import LayerRecord, known_mean
+from ..records.run_database import RunDatabase
+from .allocation import allocate
+from .inputs import Inputs, gather_inputs
+from .memory import Estimate
+from .pipeline import OnLayer, RunContext, prune_layers, with_drift_that_works
+from .refinement import Refinement, refine_masks
+from .report import PruneReport
+from .settings import Machine, PruneSettings, split_options
+
+
+def prune(
+    model: str | os.PathLike[str] | LoadedModel,
+    settings: PruneSettings | str | None = None,
+    *,
+    machine: Machine | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    announce: Callable[[Estimate], None] | None = None,
+    on_layer: OnLayer | None = None,
+    **options: Any,
+) -> PruneReport:
+    """Prune a model and measure what that did.
+
+    ``prune(model, PruneSettings("2:4", calibration="text.txt"))`` and
+    ``prune(model, "2:4", calibration="text.txt")`` are the same.
+
+    Args:
+        model: directory, hub name, or a loaded model, which is then pruned in place.
+        settings: what determines the result, or the pattern alone.
+        machine: where it runs; this machine's best device by default.
+        out: directory for the pruned model, its mask file and its record.
+        resume: go on with an interrupted run of the same settings in ``out``.
+        progress: told how far the run is.
+        announce: told what the run will need, before it begins.
+        on_layer: called with each layer's ``LayerProblem`` and ``Solution`` before it is applied, for bounds,
+            instances, statistics; on the first process.
+        options: single options of ``PruneSettings`` and ``Machine`` by name, values or texts, in
+            place of those in ``settings`` and ``machine``.
+
+    Raises:
+        InputError: for anything that cannot be used; nothing is left behind then.
+    """
+    begin = time.perf_counter()
+    settings, machine = _settings_of(settings, machine or Machine(), options)
+    ranks = machine.ranks
+    progress = progress if progress is not None and ranks.first else Silent()
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        ranks.from_first(lambda: check_folder(folder, resume))
+    target = resolve_device(machine.device)
+    if target.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(target)
+    inputs = gather_inputs(model, settings, machine, announce)
+    if settings.objective.is_default:
+        network, windows = inputs.model.model, inputs.calibration.tokens
+        stated = with_drift_that_works(
+            network, inputs.blocks, replace(inputs.settings, objective=settings.objective), windows, ranks
+        )
+        inputs = replace(inputs, settings=stated)
+    dense = dense_weights(inputs.model, inputs.layers)
+    store = TensorStore(inputs.activation_limit)
+    with run_record(folder if ranks.first else None, _identity(inputs, dense), resume) as record:
+        context = RunContext(record, progress, ranks, store, inputs.model.residence, on_layer)
+        before = _quality(inputs, "dense", context)
+        found = _prune(inputs, dense, context)
+        after = _Quality()
+        if ranks.first or not settings.refine:  # only the first rank has the refined model
+            judges = Ranks() if settings.refine else ranks
+            after = _quality(inputs, "pruned", replace(context, ranks=judges))
+        if not ranks.first:
+            return ranks.from_first(_never)
+        if folder is not None:
+            save_run(folder, inputs.model, inputs.layers, found.masks, found.patterns, dense, record)
+            (folder / SETTINGS_FILE).write_text(str(inputs.settings), encoding="utf-8")
+        report = _report(inputs, found, before, after, record, time.perf_counter() - begin)
+        report = replace(report, out=None if folder is None else str(folder))
+        record.set({"report": {k: v for k, v in report.to_json().items() if k != "layers"}})
+    return ranks.from_first(lambda: report)
+
+
+# What repeats the run: ``sparseswaps prune MODEL --settings FILE``.
+SETTINGS_FILE = "settings.toml"
+
+
+def _settings_of(
+    settings: PruneSettings | str | None, machine: Machine, options: Mapping[str, Any]
+) -> tuple[PruneSettings, Machine]:
+    """Settings and machine with the single options in them."""
+    ours, machines = split_options(options)
+    if settings is not None and not isinstance(settings, PruneSettings):
+        if "pattern" in ours:
+            raise InputError(f"pattern: expected it once, found {settings!r} and {ours['pattern']!r}")
+        ours["pattern"], settings = settings, None
+    for name, standard in (("solver", "solver"), ("start", "start"), ("objective", "objective")):
+        if name in ours and ours[name] is None:  # None says: what is usual
+            ours[name] = getattr(PruneSettings(), standard)
+    settings = PruneSettings(**ours) if settings is None else replace(settings, **ours)
+    return settings, replace(machine, **machines)
+
+
+def _identity(inputs: Inputs, dense: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What has to be the same when the run is resumed."""
+    model, evaluation = inputs.model, inputs.evaluation
+    return {
+        "model": model.source,
+        "weights": hash_of_all(dense),
+        **inputs.settings.compared(),
+        "samples": len(inputs.calibration),
+        "calibration": inputs.calibration.hash,
+        "evaluation": None if evaluation is None else evaluation.hash,
+        "layers": [layer.name for layer in inputs.layers],
+        "device": inputs.device.type,
+        "dtype": str(model.model.dtype),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """Masks and patterns by layer, and what a refinement did."""
+
+    masks: Mapping[str, Tensor]
+    patterns: Mapping[str, Pattern]
+    refinement: Refinement | None
+
+
+def _prune(inputs: Inputs, dense: Mapping[str, Tensor], context: RunContext) -> _Found:
+    """Allocate, prune, refine and update; the model is the pruned one afterwards."""
+    settings, model, blocks = inputs.settings, inputs.model.model, inputs.blocks
+    windows = inputs.calibration.tokens
+    patterns = context.ranks.from_first(lambda: _patterns(inputs, context))
+    outputs = None
+    if settings.refine and context.ranks.first:
+        outputs = DenseOutputs(model, windows, gradient_batch_size_for(windows.shape[1]))
+    in_passes = partial(
+        prune_layers, model, blocks, patterns=patterns, held_out=inputs.held_out, context=context
+    )
+    masks = in_passes(settings=settings, calibration=windows)
+    refinement = None
+    if outputs is not None:
+        masks, refinement = refine_masks(
+            model,
+            blocks,
+            patterns,
+            windows,
+            outputs,
+            dense,
+            masks,
+            settings.refine,
+            record=context.record,
+            progress=context.progress,
+            update=settings.update,
+        )
+    if settings.update is not None and not settings.refine:
+        inputs.model.residence.restore(inputs.layers, dense)
+        # nothing stops early where weights are updated: all windows count
+        objective = replace(settings.objective, held_out=0.0)
+        updating = replace(settings, solver=settings.update, objective=objective)
+        in_passes(settings=updating, calibration=windows, masks=masks)
+    return _Found(masks, patterns, refinement)
+
+
+def _patterns(inputs: Inputs, context: RunContext) -> dict[str, Pattern]:
+    """The pattern of each layer, from the record where it has them."""
+    known = context.record.facts().get("patterns")
+    if known is not None:
+        return {name: pattern_of(*fields) for name, fields in known.items()}
+    patterns = allocate(
+        inputs.model.model,
+        inputs.blocks,
+        inputs.settings.pattern,
+        inputs.calibration.tokens,
+        inputs.settings.allocation,
+        inputs.settings.solver,
+        _stage(context.progress, "allocation"),
+        inputs.model.residence,
+        context.store,
+    )
+    fields = {name: [each.keep, each.block, each.couples.value] for name, each in patterns.items()}
+    context.record.set({"patterns": fields})
+    return patterns
+
+
+@dataclass(frozen=True, eq=False)
+class _Quality:
+    """Perplexity of a causal model, embeddings (windows, hidden) of another; nothing without windows."""
+
+    perplexity: float | None = None
+    embeddings: Tensor | None = None
+
+    def cosine_to(self, dense: _Quality) -> float | None:
+        if self.embeddings is None or dense.embeddings is None:
+            return None
+        return mean_cosine(self.embeddings, dense.embeddings)
+
+
+def _quality(inputs: Inputs, which: str, context: RunContext) -> _Quality:
+    loaded, windows = inputs.model, inputs.evaluation
+    if windows is None:
+        return _Quality()
+    if is_causal(loaded.model):
+        report = _stage(context.progress, f"{which} perplexity")
+        found = model_perplexity(loaded, windows.tokens, report, context.store, context.ranks)
+        return _Quality(perplexity=found)
+    report = _stage(context.progress, f"{which} embeddings")
+    return _Quality(embeddings=model_embeddings(loaded, windows.tokens, report, context.store, context.ranks))
+
+
+def _report(
+    inputs: Inputs, found: _Found, before: _Quality, after: _Quality, record: RunDatabase, seconds: float
+) -> PruneReport:
+    records = {finished.name: finished for finished in record.layers()}
+    finished = tuple(records[layer.name] for layer in inputs.layers)
+    refinement, device = found.refinement, inputs.device
+    return PruneReport(
+        model=inputs.model.source,
+        settings=replace(inputs.settings, samples=len(inputs.calibration)),
+        loss_start=None if refinement is None else refinement.loss_start,
+        loss=None if refinement is None else refinement.loss,
+        refinement_swaps=0 if refinement is None else refinement.swaps,
+        calibration_hash=inputs.calibration.hash,
+        evaluation_windows=0 if inputs.evaluation is None else len(inputs.evaluation),
+        perplexity_dense=before.perplexity,
+        perplexity_pruned=after.perplexity,
+        cosine=after.cosine_to(before),
+        layers=finished,
+        error_start=sum(layer.error_start for layer in finished) / len(finished),
+        error=sum(layer.error for layer in finished) / len(finished),
+        held_out_error=known_mean([layer.held_out_error for layer in finished]),
+        sparsity=_pruned_share(finished),
+        seconds=seconds,
+        seconds_layers=sum(layer.seconds for layer in finished),
+        peak_memory_mb=peak_memory_mb(),
+        peak_device_memory_mb=_peak_device_memory_mb(device),
+        device=_device_name(device),
+        versions=versions(),
+        out=None,
+    )
+
+
+def _never() -> PruneReport:
+    """What the other ranks have to say of the report that the first one sends."""
+    raise RuntimeError("the report comes from the first rank")
+
+
+def _stage(progress: Progress, text: str) -> Any:
+    return lambda done, total: progress.stage(text, done, total)
+
+
+def _pruned_share(layers: Sequence[LayerRecord]) -> float:
+    weights = sum(layer.rows * layer.cols for layer in layers)
+    return sum(layer.sparsity * layer.rows * layer.cols for layer in layers) / weights
+
+
+def _peak_device_memory_mb(device: torch.device) -> float | None:
+    """Most memory that was in use on a CUDA device, in 10⁶ bytes; None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else None
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

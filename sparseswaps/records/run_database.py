@@ -1,0 +1,179 @@
+"""The record of one run: one SQLite database (standard library only).
+
+A run writes one row of settings and one row per finished layer, mask included, each in its own
+transaction, so a killed run loses nothing that was finished and can resume.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import InvalidFileError
+from .run import LayerRecord, RefinementStep
+
+SCHEMA_VERSION = 4
+_STEP_COLUMNS = [field.name for field in fields(RefinementStep)]
+_LAYER_COLUMNS = [field.name for field in fields(LayerRecord)]
+
+
+class RunDatabase:
+    """The record of one pruning run.
+
+    Args:
+        path: database file; its folder is created. ``None`` keeps the record in memory.
+
+    Raises:
+        InvalidFileError: if the file is not a record of this version.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._closed = False
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._connection = sqlite3.connect(path or ":memory:", isolation_level=None)
+        try:
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, SCHEMA_VERSION):
+                raise InvalidFileError(
+                    f"record {path}: expected schema version {SCHEMA_VERSION}, found {version}; a run that "
+                    "another version began is finished by that version, or begun again in an empty directory"
+                )
+            with self._transaction() as connection:
+                connection.execute("CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT)")
+                columns = ", ".join(f'"{name}"' for name in _LAYER_COLUMNS)
+                connection.execute(
+                    f"CREATE TABLE IF NOT EXISTS layer "
+                    f"({columns}, mask BLOB, weight BLOB, PRIMARY KEY (name))"
+                )
+                steps = ", ".join(f'"{name}"' for name in _STEP_COLUMNS)
+                connection.execute(
+                    f"CREATE TABLE IF NOT EXISTS refinement ({steps}, PRIMARY KEY (position, number))"
+                )
+                connection.execute(
+                    "CREATE TABLE IF NOT EXISTS pass "
+                    "(number, name, mask BLOB, weight BLOB, PRIMARY KEY (number, name))"
+                )
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        except sqlite3.DatabaseError as error:
+            self._connection.close()
+            raise InvalidFileError(f"record {path}: expected an SQLite database, found {error}") from error
+        except InvalidFileError:
+            self._connection.close()
+            raise
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield self._connection
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+
+    def set(self, values: Mapping[str, Any]) -> None:
+        """Store facts about the run, each as JSON, replacing earlier values."""
+        with self._transaction() as connection:
+            connection.executemany(
+                "INSERT OR REPLACE INTO run VALUES (?, ?)",
+                [(key, json.dumps(value, sort_keys=True)) for key, value in values.items()],
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """Everything stored with ``set``."""
+        rows = self._connection.execute("SELECT key, value FROM run ORDER BY key")
+        return {key: json.loads(value) for key, value in rows}
+
+    def add_layer(self, record: LayerRecord, packed_mask: bytes, weight: bytes | None = None) -> None:
+        """Store a finished layer in one transaction.
+
+        Args:
+            record: its facts.
+            packed_mask: its mask, packed bits row by row.
+            weight: its weight in the model's dtype where a solver changed kept weights.
+        """
+        values = [*asdict(record).values(), packed_mask, weight]
+        with self._transaction() as connection:
+            places = ", ".join("?" * len(values))
+            connection.execute(f"INSERT OR REPLACE INTO layer VALUES ({places})", values)
+
+    def layers(self) -> list[LayerRecord]:
+        """Finished layers in the order in which they were finished."""
+        names = ", ".join(f'"{name}"' for name in _LAYER_COLUMNS)
+        rows = self._connection.execute(f"SELECT {names} FROM layer ORDER BY rowid")
+        return [LayerRecord(*row) for row in rows]
+
+    def packed_mask(self, name: str) -> bytes | None:
+        """Mask of a finished layer, or None."""
+        row = self._connection.execute("SELECT mask FROM layer WHERE name = ?", (name,)).fetchone()
+        return None if row is None else row[0]
+
+    def updated_weight(self, name: str) -> bytes | None:
+        """Weight of a finished layer whose kept weights were changed, or None."""
+        row = self._connection.execute("SELECT weight FROM layer WHERE name = ?", (name,)).fetchone()
+        return None if row is None else row[0]
+
+    def add_refinement(
+        self, step: RefinementStep, packed_masks: Mapping[str, bytes], weights: Mapping[str, bytes]
+    ) -> None:
+        """Store a try of the refinement, and masks and kept weights that it changed, in one transaction."""
+        values = list(asdict(step).values())
+        with self._transaction() as connection:
+            places = ", ".join("?" * len(values))
+            connection.execute(f"INSERT OR REPLACE INTO refinement VALUES ({places})", values)
+            connection.executemany(
+                "UPDATE layer SET mask = ? WHERE name = ?",
+                [(packed, name) for name, packed in packed_masks.items()],
+            )
+            connection.executemany(
+                "UPDATE layer SET weight = ? WHERE name = ?",
+                [(weight, name) for name, weight in weights.items()],
+            )
+
+    def start_pass(self, number: int) -> dict[str, tuple[bytes, bytes | None]]:
+        """Mask and changed weight of each layer at the start of a pass of the refinement.
+
+        Those of now where it has not begun.
+        """
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM pass WHERE number != ?", (number,))
+            connection.execute(
+                "INSERT OR IGNORE INTO pass SELECT ?, name, mask, weight FROM layer", (number,)
+            )
+            rows = connection.execute("SELECT name, mask, weight FROM pass")
+            return {name: (mask, weight) for name, mask, weight in rows}
+
+    def refinement(self) -> list[RefinementStep]:
+        """Tries of the refinement in their order."""
+        names = ", ".join(f'"{name}"' for name in _STEP_COLUMNS)
+        rows = self._connection.execute(f"SELECT {names} FROM refinement ORDER BY position, number")
+        return [
+            replace(step, accepted=bool(step.accepted), last=bool(step.last))
+            for step in (RefinementStep(*row) for row in rows)
+        ]
+
+    def close(self) -> None:
+        """Write everything to the one database file and let go of it; may be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        with closing(self._connection) as connection:
+            # while another process has the file open, its write-ahead log stays beside it
+            if self.path is not None:
+                with suppress(sqlite3.OperationalError):
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                    connection.execute("PRAGMA journal_mode = DELETE")
+
+    def __enter__(self) -> RunDatabase:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
