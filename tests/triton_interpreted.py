@@ -6,9 +6,9 @@ import torch
 from swap_oracle import smallest_change
 
 import sparseswaps as ss
-from sparseswaps.solvers import local_search
 from sparseswaps.solvers.kernels import cuda, reference
 from sparseswaps.solvers.kernels.interface import DescentOptions, ScaledProblem
+from sparseswaps.solvers.search import local_search
 
 # small tiles, so that small layers have several and odd ones
 cuda.BLOCK, cuda.LINES, cuda.LINE_BLOCK, cuda.COST_COLS = 32, 4, 16, 32

@@ -11,9 +11,10 @@ from swap_oracle import errors_by_definition, smallest_change
 
 import sparseswaps as ss
 from sparseswaps.problems.synthetic import FAMILIES
-from sparseswaps.solvers import kernels, local_search
+from sparseswaps.solvers import kernels
 from sparseswaps.solvers.kernels import reference
 from sparseswaps.solvers.kernels.interface import DescentOptions
+from sparseswaps.solvers.search import local_search
 
 SEARCHES = ("lazy", "best")
 # what float64 itself loses of the pruned weights' own size when their sum nearly cancels

@@ -9,9 +9,10 @@ from swap_oracle import smallest_change
 
 import sparseswaps as ss
 from sparseswaps.problems.synthetic import FAMILIES
-from sparseswaps.solvers import kernels, local_search
+from sparseswaps.solvers import kernels
 from sparseswaps.solvers.kernels import reference
 from sparseswaps.solvers.kernels.interface import DescentOptions
+from sparseswaps.solvers.search import local_search
 
 
 def greedy_by_definition(weight, gram, linear, mask, block, keep):
