@@ -1,4 +1,4 @@
-"""Small problems of every kind, with the raw activations that they were made from: what oracles start from."""
+"""Small problems of every kind, with the raw activations that they were made from, for oracles."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(dense: Path, text: Path, tmp_
         (["--pattern", "2:5"], "expected a multiple of 5 columns"),
         (["--solver", "magic"], "unknown solver: expected one of"),
         (["--solver", "ria:alpha=[x]"], "found '[x]'"),
-        (["--one-shot", "--drift", 0.5], "found both"),
+        (["--mode", "one-shot", "--drift", 0.5], "expected sequential mode, found one-shot"),
         (["--calibration", tmp_path / "absent.txt"], "found no such file"),
     ]:
         code, shown, errors = run(*prune_arguments(dense, text, out), *changes, capsys=capsys)
