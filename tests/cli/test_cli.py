@@ -73,7 +73,7 @@ def prune_arguments(dense: Path, text: Path, out: Path) -> list[object]:
         dense,
         "--calibration",
         text,
-        "--eval",
+        "--evaluation",
         text,
         "--samples",
         8,
@@ -92,7 +92,7 @@ def test_prune_verify_evaluate_apply(dense: Path, text: Path, tmp_path: Path, ca
         assert word in shown, word
     code, shown, _ = run("verify", out, "--original", dense, "--json", capsys=capsys)
     assert (code, json.loads(shown)["ok"], json.loads(shown)["layers"]) == (0, True, 14)
-    code, shown, _ = run("evaluate", out, "--eval", text, "--length", 32, "--json", capsys=capsys)
+    code, shown, _ = run("evaluate", out, "--evaluation", text, "--length", 32, "--json", capsys=capsys)
     assert code == 0
     evaluated = json.loads(shown)
     with RunDatabase(out / RECORD_FILE) as record:
