@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.activations import can_skip, stream_through
+from ..calibration.logits import SlicedModel
 from ..calibration.store import TensorStore
 from ..models.blocks import find_blocks
 from ..models.loading import LoadedModel
@@ -47,10 +48,11 @@ def model_perplexity(
         store: keeps the activations of an offloaded model between its blocks; main memory by default.
         ranks: the processes that share the work; this one alone by default.
     """
-    size = perplexity_batch_size(loaded.model, windows.shape[1])
+    model = SlicedModel(loaded.model, windows)
+    size = perplexity_batch_size(model, windows.shape[1])
 
     def losses(own: Tensor) -> list[float]:
-        return batch_losses(loaded.model, own, report, _recall(loaded, own, size, store))
+        return batch_losses(model, own, report, _recall(loaded, own, size, store))
 
     return perplexity_of(_shared(losses, windows, size, ranks or Ranks()), len(windows))
 
