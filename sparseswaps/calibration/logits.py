@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ..models.blocks import device_of, forward_inputs, output_head, vocabulary_of
 from .activations import first_argument, forward_replaced, until_head
 
-# Entries (tokens x vocabulary) of the logits that are made at a time, at least: 32 MiB in float32, from which on
-# the C library gives memory back as soon as it is free. Of smaller pieces it keeps many.
+# Entries (tokens x vocabulary) of the logits that are made at a time, at least: 32 MiB in float32, from where
+# on the C library gives memory back as soon as it is free. Of smaller pieces it keeps many.
 SLICE_ENTRIES = 1 << 23
 # The same of one forward call where logits are made whole: 256 MiB in float32, or one window's.
 WHOLE_ENTRIES = 1 << 26

@@ -21,13 +21,8 @@ Report = Callable[[int, int], None]
 Recall = Callable[[int], AbstractContextManager[None]]
 
 
-def perplexity_batch_size(model: SlicedModel, length: int) -> int:
-    """Windows of ``length`` tokens per forward call of ``perplexity``."""
-    return model.batch_size(length, max(1, TOKENS_PER_BATCH // length))
-
-
-def embedding_batch_size(length: int) -> int:
-    """Windows of ``length`` tokens per forward call of ``pooled_embeddings``."""
+def evaluation_batch_size(length: int) -> int:
+    """Windows of ``length`` tokens per forward call, at most."""
     return max(1, TOKENS_PER_BATCH // length)
 
 
@@ -60,7 +55,8 @@ def batch_losses(
     """For each batch the sum over its windows of the mean cross-entropy; arguments as for ``perplexity``."""
     device = device_of(model.model)
     found = []
-    size = perplexity_batch_size(model, windows.shape[1])
+    length = windows.shape[1]
+    size = model.batch_size(length, evaluation_batch_size(length))
     for number, (done, batch) in enumerate(_batches(windows, size)):
         # the last token of a window has nothing to predict: what it is given is dropped afterwards
         following = batch.roll(-1, dims=1).flatten().to(device)
@@ -90,7 +86,7 @@ def pooled_embeddings(
     base: Any = getattr(model, "base_model", model)
     device = device_of(model)
     pooled = []
-    for number, (done, batch) in enumerate(_batches(windows, embedding_batch_size(windows.shape[1]))):
+    for number, (done, batch) in enumerate(_batches(windows, evaluation_batch_size(windows.shape[1]))):
         with torch.no_grad(), recall(number) if recall else nullcontext():
             output = base(**forward_inputs(model, batch.to(device)))
         hidden = getattr(output, "encoder_last_hidden_state", None)

@@ -23,8 +23,7 @@ from .measures import (
     Recall,
     Report,
     batch_losses,
-    embedding_batch_size,
-    perplexity_batch_size,
+    evaluation_batch_size,
     perplexity_of,
     pooled_embeddings,
 )
@@ -49,7 +48,8 @@ def model_perplexity(
         ranks: the processes that share the work; this one alone by default.
     """
     model = SlicedModel(loaded.model, windows)
-    size = perplexity_batch_size(model, windows.shape[1])
+    length = windows.shape[1]
+    size = model.batch_size(length, evaluation_batch_size(length))
 
     def losses(own: Tensor) -> list[float]:
         return batch_losses(model, own, report, _recall(loaded, own, size, store))
@@ -65,7 +65,7 @@ def model_embeddings(
     ranks: Ranks | None = None,
 ) -> Tensor:
     """``pooled_embeddings`` (windows, hidden) of an encoder; arguments as for ``model_perplexity``."""
-    size = embedding_batch_size(windows.shape[1])
+    size = evaluation_batch_size(windows.shape[1])
 
     def embeddings(own: Tensor) -> Sequence[Tensor]:
         found = pooled_embeddings(loaded.model, own, report, _recall(loaded, own, size, store))

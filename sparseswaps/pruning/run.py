@@ -80,7 +80,7 @@ def prune(
     target = resolve_device(machine.device)
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
-    inputs = gather_inputs(model, settings, machine, announce)
+    inputs = gather_inputs(model, settings, machine, announce, saved=folder is not None)
     if settings.objective.is_default:
         network, windows = inputs.model.model, inputs.calibration.tokens
         stated = with_drift_that_works(
