@@ -45,9 +45,11 @@ DRIFT_BYTES = 16
 RESIDUAL_BYTES = 36
 # Per entry of an output metric while it is made and used: itself, the drift's covariance, products of errors.
 METRIC_BYTES = 48
-# What comes to main memory while layers are pruned on a processor: compiled loops and their compiler, and
-# small pieces that the C library keeps.
-COMPILER_BYTES = 300 * 10**6
+# What comes to main memory while layers are pruned on a processor: compiled loops and their compiler.
+COMPILER_BYTES = 150 * 10**6
+# Freed memory between other pieces that the C library keeps: this share of what is computed, until that is in
+# pieces of more than 32 MiB, which it gives back.
+KEPT_SHARE, MOST_KEPT = 0.25, 1 << 28
 # A forward pass to step k of n runs the block up to there; then once more, to advance.
 PASSES = 3.5
 
@@ -218,7 +220,9 @@ class _Stages:
             host = weights + max(kept for kept, _ in stages)
             device = own + max(computed for _, computed in stages)
         else:
-            host = weights + COMPILER_BYTES + own + max(kept + computed for kept, computed in stages)
+            host = (
+                weights + COMPILER_BYTES + own + max(kept + _with_gaps(computed) for kept, computed in stages)
+            )
             device = 0
         return max(host, weights + self._saving(), self._loading()), device
 
@@ -382,6 +386,11 @@ class _Stages:
         if self.offload:
             return 2 * max(self._of_blocks)
         return self._checkpoint if self.on_device else max(0, 2 * self._checkpoint - self.model)
+
+
+def _with_gaps(computed: int) -> int:
+    """What so many bytes of tensors, made and freed, take in main memory."""
+    return computed + min(int(KEPT_SHARE * computed), MOST_KEPT)
 
 
 def _bytes_of(module: nn.Module) -> int:
