@@ -80,7 +80,7 @@ def prune(
     target = resolve_device(machine.device)
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
-    inputs = gather_inputs(model, settings, machine, announce)
+    inputs = gather_inputs(model, settings, machine, announce, saved=folder is not None)
     dense = dense_weights(inputs.model, inputs.layers)
     store = TensorStore(inputs.activation_limit)
     with run_record(folder if ranks.first else None, _identity(inputs, dense), resume) as record:
