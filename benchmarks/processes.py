@@ -57,7 +57,8 @@ def work(rank: int, count: int, port: int, args: argparse.Namespace, results: ob
         ranks.gather(lambda: 0)
         begin, busy = time.perf_counter(), time.process_time()
         tokens = windows if timed else windows[:4]
-        masks = prune_layers(model, find_blocks(model), "0.5", tokens, ss.OneSwap(), ss.Wanda(), ranks=ranks)
+        settings, context = ss.PruneSettings(objective="plain"), ss.RunContext(ranks=ranks)
+        masks = prune_layers(model, find_blocks(model), settings, tokens, context=context)
         seconds = time.perf_counter() - begin
         busiest = max(ranks.gather(lambda busy=busy: time.process_time() - busy))
     if ranks.first:

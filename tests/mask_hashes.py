@@ -27,7 +27,12 @@ SEED = 20261123
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "plain-2:4": {"objective": "plain", "pattern": "2:4"},
-    "one-shot-ria-tabu": {"mode": "one-shot", "start": ss.RIA(), "solver": ss.Tabu(), "include": ("*.0.*",)},
+    "one-shot-ria-tabu": {
+        "mode": ss.Mode.ONE_SHOT,
+        "start": ss.RIA(),
+        "solver": ss.Tabu(),
+        "include": ("*.0.*",),
+    },
     "all-three": {"objective": "drift=0.75,residual=0.5,metric"},
     "shrinkage": {"objective": "drift=0.75,residual=0.5,shrinkage=0.1", "pattern": "60%"},
     "auto-drift": {"objective": "drift=auto", "include": ("*.0.*", "*.1.*")},

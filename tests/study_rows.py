@@ -134,6 +134,12 @@ RUNS = [
 ]  # fmt: skip
 
 
+def settings(**options):
+    """Settings of a run as a record keeps them."""
+    standard = {"length": 256, "evaluation": "held", "seed": 0, "allocation": "uniform", "refine": 0}
+    return json.dumps({**standard, **options}, sort_keys=True)
+
+
 def model_runs():
     models, layers = [], []
     for model, causal in (("model A", True), ("model E", False)):
@@ -146,10 +152,12 @@ def model_runs():
                     ModelRecord(
                         unit=unit, study="hand", label=label, method=method, start=start,
                         options=json.dumps(options), solver=DESCRIBED.get(method, method),
-                        group="local search", seed=0, model=model, pattern=pattern, sparsity=0.5,
-                        mode=mode, objective=objective, allocation="uniform", refine=0, update="",
-                        calibration=text, samples=samples, length=256,
-                        calibration_hash="c0ffee" * 10, evaluation="held", evaluation_windows=32,
+                        group="local search", seed=0, model=model, sparsity=0.5,
+                        settings=settings(
+                            pattern=pattern, solver=method + json.dumps(options), start=start, mode=mode,
+                            objective=objective, calibration=text, samples=samples,
+                        ),
+                        changed="[]", calibration_hash="c0ffee" * 10, evaluation_windows=32,
                         status="finished", failure="", error_start=0.3, error=error * harder,
                         held_out_error=held_out * harder,
                         perplexity_dense=4.5 if causal else None, perplexity=ppl * harder if causal else None,

@@ -125,6 +125,11 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def tell_of_former(flag: str, now: str) -> None:
+    """One line for a flag that has another name now."""
+    error_console.print(f"note: {flag} is called {now} now", highlight=False, soft_wrap=True)
+
+
 def read_options(given: Mapping[str, Any], settings_file: Path | None) -> tuple[PruneSettings, Machine]:
     """Settings and machine from the values of ``option_parameters``, those not given None, False or empty.
 

@@ -10,19 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
-from ..calibration.windows import evaluation_windows, window_length
 from ..errors import InputError
-from ..evaluation.measures import is_causal, mean_cosine
-from ..evaluation.quality import model_embeddings, model_perplexity
+from ..evaluation.evaluate import evaluate as run_evaluate
 from ..machine import versions
 from ..masks.file import apply_masks, load_masks, verify_model
 from ..masks.saving import save_model
-from ..models.loading import load_model, resolve_device
+from ..models.loading import load_model
 from ..progress import Progress
 from ..pruning.report import PruneReport
 from ..pruning.run import prune as run_prune
 from ..ranks import PATIENCE, Ranks, joined
-from .options import read_options, with_options
+from .options import read_options, tell_of_former, with_options
 from .output import (
     console,
     error_console,
@@ -163,56 +161,59 @@ def _summary(report: PruneReport) -> object:
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Directory or hub name of a Hugging Face model.")],
-    evaluation: Annotated[str, typer.Option("--eval", metavar="FILE_OR_DATASET", help="The text.")],
+    evaluation: Annotated[
+        str | None, typer.Option("--evaluation", metavar="FILE_OR_DATASET", help="The text.")
+    ] = None,
     reference: Annotated[
         str | None, typer.Option(help="Dense model, to compare an encoder's embeddings with.")
     ] = None,
     length: Length = None,
+    evaluation_limit: Annotated[
+        int | None, typer.Option(help="Use only so many windows of the text.")
+    ] = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     offload: Offload = False,
     json: Json = False,
+    former_eval: Annotated[str | None, typer.Option("--eval", hidden=True)] = None,
 ) -> None:
     """Perplexity of a causal model, or cosine of an encoder's embeddings to a reference model's.
 
     [bold]Examples[/]
 
-    sparseswaps evaluate pruned --eval wikitext2-test --length 2048
+    sparseswaps evaluate pruned --evaluation wikitext2-test --length 2048
 
-    sparseswaps evaluate pruned-bert --reference ./bert --eval text.txt
+    sparseswaps evaluate pruned-bert --reference ./bert --evaluation text.txt
     """
+    if former_eval is not None:
+        tell_of_former("--eval", "--evaluation")
+    text = evaluation or former_eval
+    if text is None:
+        raise InputError("evaluate: expected --evaluation FILE_OR_DATASET, found none")
     quiet_libraries()
-    loaded = load_model(model, resolve_device(device), dtype, offload)
-    tokens = window_length(loaded, length)
-    causal = is_causal(loaded.model)
-    windows = evaluation_windows(evaluation, loaded.tokenizer, tokens, special_tokens=not causal)
+    with progress_bars() as bars:
+        found = run_evaluate(
+            model,
+            text,
+            reference=reference,
+            length=length,
+            evaluation_limit=evaluation_limit,
+            device=device,
+            dtype=dtype,
+            offload=offload,
+            stage=bars.stage,
+        )
     values: dict[str, object] = {
         "model": model,
-        "evaluation": windows.source,
-        "windows": len(windows),
-        "length": tokens,
-        "tokens_hash": windows.hash,
-        "versions": versions(),
+        "evaluation": found.windows.source,
+        "windows": len(found.windows),
+        "length": found.length,
     }
-    with progress_bars() as bars:
-        if causal:
-            values["perplexity"] = model_perplexity(
-                loaded, windows.tokens, lambda done, total: bars.stage("perplexity", done, total)
-            )
-        elif reference is None:
-            raise InputError(f"model {model} is an encoder: expected --reference DENSE_MODEL, found none")
-        else:
-            dense = load_model(reference, resolve_device(device), dtype, offload)
-            values["cosine"] = mean_cosine(
-                model_embeddings(loaded, windows.tokens, lambda d, t: bars.stage("embeddings", d, t)),
-                model_embeddings(dense, windows.tokens, lambda d, t: bars.stage("reference", d, t)),
-            )
+    values |= {"cosine": found.cosine} if found.perplexity is None else {"perplexity": found.perplexity}
     if json:
-        print_json(values)
+        print_json({**values, "tokens_hash": found.windows.hash, "versions": versions()})
     else:
-        console.print(
-            key_values([(k, str(v)) for k, v in values.items() if k not in ("versions", "tokens_hash")])
-        )
+        console.print(key_values([(key, str(value)) for key, value in values.items()]))
 
 
 def apply(

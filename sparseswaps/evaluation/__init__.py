@@ -1,9 +1,12 @@
 """How good a model is: perplexity, embeddings, the field's zero-shot tasks."""
 
+from .evaluate import Evaluation, evaluate
 from .measures import is_causal, mean_cosine, perplexity, perplexity_batch_size, pooled_embeddings
 from .quality import model_embeddings, model_perplexity
 
 __all__ = [
+    "Evaluation",
+    "evaluate",
     "is_causal",
     "mean_cosine",
     "model_embeddings",

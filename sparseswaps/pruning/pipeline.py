@@ -70,7 +70,7 @@ class RunContext:
 def prune_layers(
     model: nn.Module,
     blocks: Sequence[Block],
-    settings: PruneSettings,
+    settings: PruneSettings | str,
     calibration: Tensor,
     *,
     patterns: Mapping[str, Pattern] | None = None,
@@ -83,7 +83,8 @@ def prune_layers(
     Args:
         model: the dense model; afterwards the pruned one.
         blocks: from ``find_blocks``.
-        settings: pattern, solver, start, mode, objective and min_expert_tokens are used here.
+        settings: pattern, solver, start, mode, objective and min_expert_tokens are used here; a text is the
+            pattern.
         calibration: token windows (windows, length).
         patterns: of each layer by name, where layers differ from the settings' pattern.
         held_out: token windows on which the layer error is measured as well.
@@ -98,10 +99,11 @@ def prune_layers(
         InputError: for options that do not go together or a pattern that does not fit a layer.
         InvalidModelError: for NaN or Inf in activations, naming the layer.
     """
-    settings = with_stated_drifts(settings)
+    context = context or RunContext()
+    given = PruneSettings(PatternRule.parse(settings)) if isinstance(settings, str) else settings
+    settings = with_drift_that_works(model, blocks, given, calibration, context.ranks)
     known = patterns_of(blocks, settings.pattern if patterns is None else patterns)
     check_options(settings, known.values())
-    context = context or RunContext()
     layers = [layer for block in blocks for layer in block.layers]
     database = shared_record(context.record, context.ranks)
     if context.ranks.count > 1 and context.ranks.first:
@@ -126,6 +128,29 @@ def with_stated_drifts(settings: PruneSettings) -> PruneSettings:
     """The settings with the solver's own drift and residual drift where none is stated."""
     search = settings.solver.drift_by_default and settings.mode is Mode.SEQUENTIAL
     return replace(settings, objective=settings.objective.resolved(search))
+
+
+def with_drift_that_works(
+    model: nn.Module, blocks: Sequence[Block], settings: PruneSettings, windows: Tensor, ranks: Ranks
+) -> PruneSettings:
+    """``with_stated_drifts``, without those that nobody asked for where the model's blocks do not allow them.
+
+    Says so in one line then.
+    """
+    stated = with_stated_drifts(settings)
+    if not settings.objective.is_default or not stated.objective.needs_dense_stream:
+        return stated
+    if ranks.from_first(lambda: can_skip(model, blocks, windows)):
+        return stated
+    objective = settings.objective.resolved(search=False)
+    if ranks.first:
+        warnings.warn(
+            f"{type(model).__name__}: drift and residual drift, the default, need blocks that depend on "
+            "earlier ones only through their outputs; this run goes without them (objective "
+            f"{objective})",
+            stacklevel=4,
+        )
+    return replace(settings, objective=objective)
 
 
 def check_options(settings: PruneSettings, patterns: Iterable[Pattern]) -> None:

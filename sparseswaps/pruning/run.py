@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.activations import can_skip
 from ..calibration.dense_outputs import DenseOutputs
 from ..calibration.gathering import gradient_batch_size_for
 from ..calibration.store import TensorStore
@@ -33,8 +31,7 @@ from ..records.run_database import RunDatabase
 from .allocation import allocate
 from .inputs import Inputs, gather_inputs
 from .memory import Estimate
-from .objective import Objective
-from .pipeline import OnLayer, RunContext, prune_layers
+from .pipeline import OnLayer, RunContext, prune_layers, with_drift_that_works
 from .refinement import Refinement, refine_masks
 from .report import PruneReport
 from .settings import Machine, PruneSettings, split_options
@@ -83,10 +80,13 @@ def prune(
     target = resolve_device(machine.device)
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
-    asked = settings.objective
     inputs = gather_inputs(model, settings, machine, announce)
-    if asked.is_default and inputs.settings.objective.needs_dense_stream:
-        inputs = _with_drift_that_works(inputs, asked, ranks)
+    if settings.objective.is_default:
+        network, windows = inputs.model.model, inputs.calibration.tokens
+        stated = with_drift_that_works(
+            network, inputs.blocks, replace(inputs.settings, objective=settings.objective), windows, ranks
+        )
+        inputs = replace(inputs, settings=stated)
     dense = dense_weights(inputs.model, inputs.layers)
     store = TensorStore(inputs.activation_limit)
     with run_record(folder if ranks.first else None, _identity(inputs, dense), resume) as record:
@@ -126,21 +126,6 @@ def _settings_of(
             ours[name] = getattr(PruneSettings(), standard)
     settings = PruneSettings(**ours) if settings is None else replace(settings, **ours)
     return settings, replace(machine, **machines)
-
-
-def _with_drift_that_works(inputs: Inputs, asked: Objective, ranks: Ranks) -> Inputs:
-    """The inputs without the drifts that nobody asked for, where the model's blocks do not allow them."""
-    if ranks.from_first(lambda: can_skip(inputs.model.model, inputs.blocks, inputs.calibration.tokens)):
-        return inputs
-    objective = asked.resolved(search=False)
-    if ranks.first:
-        warnings.warn(
-            f"{type(inputs.model.model).__name__}: drift and residual drift, the default, need blocks that "
-            "depend on earlier ones only through their outputs; this run goes without them (objective "
-            f"{objective})",
-            stacklevel=3,
-        )
-    return replace(inputs, settings=replace(inputs.settings, objective=objective))
 
 
 def _identity(inputs: Inputs, dense: Mapping[str, Tensor]) -> dict[str, Any]:

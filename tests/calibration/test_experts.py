@@ -34,9 +34,8 @@ def windows() -> torch.Tensor:
 
 def run(model: torch.nn.Module, **options: object) -> tuple[dict[str, torch.Tensor], dict[str, LayerRecord]]:
     record = RunDatabase(None)
-    masks = prune_layers(
-        model, find_blocks(model), "0.5", windows(), ss.OneSwap(), ss.Wanda(), record=record, **options
-    )
+    settings = ss.PruneSettings(**{"objective": "plain", **options})
+    masks = prune_layers(model, find_blocks(model), settings, windows(), context=ss.RunContext(record))
     return masks, {layer.name: layer for layer in record.layers()}
 
 

@@ -18,7 +18,6 @@ from sparseswaps.models.loading import load_model
 from sparseswaps.pruning.pipeline import prune_layers
 from sparseswaps.pruning.refinement import refine_masks
 from sparseswaps.pruning.run import prune
-from sparseswaps.pruning.settings import Mode
 from sparseswaps.records.run_database import RunDatabase
 
 
@@ -29,10 +28,12 @@ def pruned(family: str, pattern: str, record: RunDatabase | None = None):
     windows = tiny_models.tokens(8 * 32).view(8, 32)
     outputs = DenseOutputs(model, windows, 4)
     dense = {layer.name: layer.weight.clone() for block in blocks for layer in block.layers}
+    context = ss.RunContext(record or RunDatabase(None))
     masks = prune_layers(
-        model, blocks, pattern, windows, ss.OneSwap(), ss.Wanda(), Mode.SEQUENTIAL, record=record
+        model, blocks, ss.PruneSettings(pattern, objective="plain"), windows, context=context
     )
-    return model, blocks, dict.fromkeys(dense, pattern), windows, outputs, dense, masks
+    patterns = {name: ss.parse_pattern(pattern, weight.shape[1]) for name, weight in dense.items()}
+    return model, blocks, patterns, windows, outputs, dense, masks
 
 
 def divergence(model, dense_model, windows: torch.Tensor) -> float:

@@ -21,7 +21,7 @@ from sparseswaps.records.study_database import process_id
 from sparseswaps.solvers import RIA, OneSwap, solve
 from sparseswaps.study import StudyDatabase, build_report, export, merge, parse_study, plan_units, run_study
 from sparseswaps.study.execute import execute, failed
-from sparseswaps.study.layer_bounds import BoundedSolver
+from sparseswaps.study.layer_bounds import BoundedLayers
 from sparseswaps.study.supervisor import close_child, resident_mb, run_unit
 
 VALUES = {
@@ -390,10 +390,9 @@ def test_what_no_tier_covers_has_no_bound():
     problem = synthetic_layer("correlated", 4, 16, "0.5")
     by_layer = replace(problem, pattern=LayerBudget(8, 16))
     for given, count in ((problem, 1), (by_layer, 0)):
-        solver = BoundedSolver(OneSwap(), "unit", "naive", None)
-        solution = solve(given, solver)
-        assert solution.solver == repr(OneSwap())
-        assert len(solver.found) == count
+        watch = BoundedLayers("unit", "naive", None)
+        watch(given, solve(given, OneSwap()))
+        assert len(watch.found) == count
 
 
 def test_scores_see_the_whole_layer_of_which_rows_are_sampled(tmp_path):

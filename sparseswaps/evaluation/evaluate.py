@@ -1,0 +1,90 @@
+"""How good a model is on a text, in one call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..calibration.windows import Windows, evaluation_windows, window_length
+from ..errors import InputError
+from ..models.loading import LoadedModel, load_model, resolve_device
+from .measures import is_causal, mean_cosine
+from .quality import model_embeddings, model_perplexity
+
+Stage = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``evaluate`` found.
+
+    Attributes:
+        model: directory or name.
+        windows: of the text, each ``length`` tokens long.
+        perplexity: of a causal model; cosine: mean cosine of an encoder's pooled embeddings to the
+            reference's.
+    """
+
+    model: str
+    windows: Windows
+    length: int
+    perplexity: float | None
+    cosine: float | None
+
+
+def evaluate(
+    model: str | os.PathLike[str] | LoadedModel,
+    evaluation: str | os.PathLike[str] | Windows,
+    *,
+    reference: str | os.PathLike[str] | LoadedModel | None = None,
+    length: int | None = None,
+    evaluation_limit: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    offload: bool = False,
+    stage: Stage | None = None,
+) -> Evaluation:
+    """Perplexity of a causal model, or cosine of an encoder's embeddings to those of a reference.
+
+    Args:
+        model: directory, hub name or a loaded model.
+        evaluation: text file, token file or dataset (see ``calibration.windows``), or windows.
+        reference: dense model that an encoder is compared with.
+        length: tokens per window, 2048 by default, at most what the model's positions allow.
+        evaluation_limit: use only so many windows; all by default.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        dtype: of the computation; ``auto`` is float32 on a CPU, else the checkpoint's.
+        offload: leave the weights in the checkpoint's files, one block at a time in memory.
+        stage: told how far it is: (what, done, total).
+
+    Raises:
+        InputError: for anything that cannot be used, and for an encoder without a reference.
+    """
+    target = resolve_device(device)
+
+    def loaded_from(source: str | os.PathLike[str] | LoadedModel) -> LoadedModel:
+        return source if isinstance(source, LoadedModel) else load_model(source, target, dtype, offload)
+
+    def report(what: str) -> Callable[[int, int], None]:
+        return lambda done, total: None if stage is None else stage(what, done, total)
+
+    loaded = loaded_from(model)
+    tokens = window_length(loaded, length)
+    causal = is_causal(loaded.model)
+    if not causal and reference is None:
+        raise InputError(f"model {loaded.source} is an encoder: expected --reference DENSE_MODEL, found none")
+    windows = evaluation
+    if not isinstance(windows, Windows):
+        windows = evaluation_windows(
+            windows, loaded.tokenizer, tokens, evaluation_limit, special_tokens=not causal
+        )
+    perplexity = cosine = None
+    if causal:
+        perplexity = model_perplexity(loaded, windows.tokens, report("perplexity"))
+    elif reference is not None:
+        cosine = mean_cosine(
+            model_embeddings(loaded, windows.tokens, report("embeddings")),
+            model_embeddings(loaded_from(reference), windows.tokens, report("reference")),
+        )
+    return Evaluation(loaded.source, windows, tokens, perplexity, cosine)
