@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import InputError
 from .gram import Gram, GramAccumulator
 from .layer import LayerProblem
-from .pattern import SparsityPattern
+from .pattern import Pattern
 
 FAMILIES = (
     "correlated",
@@ -69,7 +69,7 @@ def synthetic_layer(
     family: str,
     rows: int,
     cols: int,
-    pattern: SparsityPattern | str = "0.5",
+    pattern: Pattern | str = "0.5",
     seed: int = 0,
     tokens: int | None = None,
 ) -> LayerProblem:
@@ -90,7 +90,7 @@ def synthetic_layer(
     if family == "correlated":  # trained weights are smaller where the activations are larger
         weight *= (gram.scale.numpy() / gram.scale.median().item() + 1e-12) ** -0.3
     if isinstance(pattern, str):
-        pattern = SparsityPattern.parse(pattern, cols)
+        pattern = Pattern.parse(pattern, cols)
     return LayerProblem(
         torch.from_numpy(weight).float(), gram, pattern, name=f"{family}-{rows}x{cols}-{seed}"
     )

@@ -61,6 +61,7 @@ class Covers:
     Attributes:
         couplings: what may share one budget in the pattern (see ``problems.pattern``).
         metric: whether it accepts an output metric: it minimises the coupled error, or looks at none.
+        swept: whether it does so in sweeps over rows, which need a budget of their own (see ``row_sweeps``).
         rows_alone: whether what it finds for a row depends, bit for bit, on that row, the Gram matrix and the
             options alone, so that processes may share a layer's rows. Seeds of random numbers that run
             through the rows and products of all rows at once (whose rounding depends on how many there are)
@@ -73,6 +74,7 @@ class Covers:
 
     couplings: frozenset[Coupling] = frozenset({Coupling.BLOCK})
     metric: bool = False
+    swept: bool = False
     rows_alone: bool = True
     requires: tuple[str, ...] = ()
     drift_by_default: bool = True
@@ -83,6 +85,7 @@ class Covers:
         return Covers(
             self.couplings & other.couplings,
             self.metric and other.metric,
+            self.swept or other.swept,
             self.rows_alone and other.rows_alone,
             tuple(dict.fromkeys(self.requires + other.requires)),
             self.drift_by_default and other.drift_by_default,
@@ -271,6 +274,11 @@ def check_covered(problem: LayerProblem, solver: Solver) -> None:
         raise UnsupportedProblemError(
             f"solver {solver.name} on {label} sees each row alone: expected no output metric, found one; use "
             "RowSweeps(solver), or coupled_row(problem), which states the layer as one row"
+        )
+    if problem.metric is not None and covers.swept and problem.pattern.couples is not Coupling.BLOCK:
+        raise UnsupportedProblemError(
+            f"solver {solver.name} on {label} sweeps over rows: expected a pattern of rows or blocks under "
+            f"an output metric, found the budget of a whole layer ({problem.pattern})"
         )
 
 

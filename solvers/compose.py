@@ -137,12 +137,13 @@ class BestOf(Solver):
         best: Tensor | None = None
         kept = problem.weight
         best_errors = torch.full((problem.rows,), torch.inf, dtype=torch.float64, device=problem.device)
-        bounds = torch.zeros_like(best_errors)
+        bounds: Tensor | None = None
         statuses = [Status.FINISHED] * problem.rows
         for solver in self.solvers if problem.metric is None else map(_sweeping, self.solvers):
             outcome = solver.run(problem, init, _remaining(budget, deadline))
             if outcome.row_bounds is not None:
-                bounds = torch.maximum(bounds, outcome.row_bounds.to(bounds))
+                own = outcome.row_bounds.to(best_errors)
+                bounds = own if bounds is None else torch.maximum(bounds, own)
             if outcome.mask is None:
                 continue
             errors = problem.row_objectives(outcome.mask, outcome.weight)

@@ -19,10 +19,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from ..errors import InputError, UnsupportedProblemError
+from ..errors import InputError
 from ..problems.layer import LayerProblem
 from ..problems.metric import CoupledErrors
-from ..problems.pattern import Coupling
 from .base import Budget, Covers, Group, Outcome, Solver, Status
 from .search.one_swap import OneSwap
 
@@ -72,17 +71,12 @@ class RowSweeps(Solver):
     @property
     def covers(self) -> Covers:
         """What the rows' solver covers, and any output metric with budgets of rows or blocks."""
-        return replace(self.solver.covers, metric=True, held_out_stop=False)
+        return replace(self.solver.covers, metric=True, swept=True, held_out_stop=False)
 
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
         """Solve the rows alone, then sweep; stats are those of the first pass plus ``changed`` rows."""
         if problem.metric is None:
             return self.solver.run(problem, init, budget)
-        if problem.pattern.couples is Coupling.LAYER:
-            raise UnsupportedProblemError(
-                "sweeps over rows: expected a pattern of rows or blocks under an output metric, found the "
-                f"budget of a whole layer ({problem.pattern})"
-            )
         deadline = budget.deadline()
         first = Outcome(init, Status.FINISHED)
         if self.alone or init is None:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-import torch
-
 import sparseswaps as ss
+from sparseswaps.testing import CASES, FAMILIES, PATTERNS, all_masks, problem, raw_error, tolerance, with_raw
+
+__all__ = [
+    "CASES",
+    "FAMILIES",
+    "PATTERNS",
+    "SOLVERS",
+    "all_masks",
+    "problem",
+    "raw_error",
+    "tolerance",
+    "with_raw",
+]
 
 # (label, solver); each must return a feasible mask on every problem below
 SOLVERS: list[ss.Solver] = [
@@ -45,45 +56,3 @@ SOLVERS: list[ss.Solver] = [
     ss.Chain(ss.OneSwap(), ss.Reconstruction()),
     ss.BestOf(ss.Reconstruction(), ss.OneSwap()),
 ]
-
-PATTERNS = ("0.5", "0.25", "2:4", "1:4", "3:4")
-FAMILIES = (
-    "correlated",
-    "weakly-correlated",
-    "duplicates",
-    "zero-channels",
-    "collinear",
-    "huge-range",
-    "rank-one",
-)
-
-
-def problem(family: str, pattern: str, drift: bool = False, seed: int = 0) -> ss.LayerProblem:
-    """Three rows of twelve weights, small enough to enumerate."""
-    return with_raw(family, pattern, drift, seed)[0]
-
-
-def with_raw(
-    family: str, pattern: str, drift: bool = False, seed: int = 0, rows: int = 3, cols: int = 12
-) -> tuple[ss.LayerProblem, torch.Tensor, torch.Tensor]:
-    """A problem with the raw activations that it was made from, each (cols, tokens), float64.
-
-    Returns:
-        The problem, the layer's inputs ``X̂`` and the dense inputs ``X`` that set its target.
-    """
-    inputs = ss.synthetic_activations(family, cols, 40, seed)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(inputs.shape, generator=generator, dtype=torch.float64)
-    # dead channels stay dead: the pruned network's zeros are what the Gram matrix sees
-    dense = inputs + 0.3 * noise * inputs.std(0) if drift else inputs
-    weight = torch.randn((rows, cols), generator=generator, dtype=torch.float64).float()
-    sums = ss.GramAccumulator(cols, drift=drift)
-    sums.update(inputs, dense if drift else None)
-    made = ss.LayerProblem(
-        weight,
-        sums.gram(),
-        ss.SparsityPattern.parse(pattern, cols),
-        ss.Drift.from_sums(weight, sums, 1.0) if drift else None,
-        name=f"{family}-{pattern}-{drift}-{seed}",
-    )
-    return made, inputs.T, dense.T

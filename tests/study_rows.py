@@ -5,6 +5,7 @@ expected gaps can be read off: a factor f has the gap 1 - 1/f.
 """
 
 import json
+from dataclasses import replace
 
 from sparseswaps.records.run import LayerRecord
 from sparseswaps.records.study import (
@@ -138,6 +139,13 @@ def settings(**options):
     """Settings of a run as a record keeps them."""
     standard = {"length": 256, "evaluation": "held", "seed": 0, "allocation": "uniform", "refine": 0}
     return json.dumps({**standard, **options}, sort_keys=True)
+
+
+def with_options(record, changed=(), **options):
+    """The record with other options; those in ``changed`` are told apart in words."""
+    known = [*json.loads(record.changed), *changed]
+    values = json.dumps({**json.loads(record.settings), **options}, sort_keys=True)
+    return replace(record, settings=values, changed=json.dumps(known))
 
 
 def model_runs():

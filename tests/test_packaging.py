@@ -105,7 +105,7 @@ assert best.objective <= ss.solve(problem, ss.Wanda()).objective
 assert not any(name.split(".")[0] in hidden for name in sys.modules)
 refused = 0
 for name, solver in ss.SOLVERS.items():
-    missing = solver.missing()
+    missing = solver().missing()
     if missing:
         refused += 1
         try:

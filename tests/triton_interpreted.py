@@ -6,8 +6,9 @@ import torch
 from swap_oracle import smallest_change
 
 import sparseswaps as ss
-from sparseswaps.solvers import local_search
 from sparseswaps.solvers.kernels import cuda, reference
+from sparseswaps.solvers.kernels.interface import DescentOptions, ScaledProblem
+from sparseswaps.solvers.search import local_search
 
 # small tiles, so that small layers have several and odd ones
 cuda.BLOCK, cuda.LINES, cuda.LINE_BLOCK, cuda.COST_COLS = 32, 4, 16, 32
@@ -25,21 +26,10 @@ def check(family: str, rows: int, cols: int, pattern: str, dtype: torch.dtype, d
         )
     start = ss.solve(problem, ss.Wanda())
     scaled = local_search.scaled_rows(problem, start.mask, slice(0, rows))
+    part = local_search.at_scale(problem, scaled, problem.gram.correlation64.to(dtype))
     for search, max_swaps in (("lazy", None), ("best", None), ("lazy", 2), ("best", 0)):
-        results = [
-            module.descend(
-                problem.gram.correlation64.to(dtype),
-                scaled.weight.to(dtype),
-                None if scaled.drift is None else scaled.drift.to(dtype),
-                scaled.constant,
-                start.mask,
-                problem.pattern.block,
-                1e-6,
-                max_swaps,
-                search,
-            )
-            for module in (reference, cuda)
-        ]
+        options = DescentOptions(1e-6, max_swaps, search)
+        results = [module.descend(part, start.mask, options) for module in (reference, cuda)]
         label = f"{family} {rows}x{cols} {pattern} {dtype} drift={drift} {search} {max_swaps}"
         exact, found = results
         torch.testing.assert_close(found.error, exact.error, rtol=1e-5, atol=1e-12, msg=label)
@@ -67,16 +57,17 @@ def check_out_of_memory() -> None:
     problem = ss.synthetic_layer("correlated", 5, 20, "0.5", seed=1)
     mask = ss.solve(problem, ss.Wanda()).mask
     scaled = local_search.scaled_rows(problem, mask, slice(0, 5))
-    arguments = (problem.gram.correlation64, scaled.weight, None, None, mask, 20, 1e-6)
+    part = local_search.at_scale(problem, scaled, problem.gram.correlation64)
+    arguments = (part, mask, DescentOptions(1e-6))
     whole = cuda.descend(*arguments)
     descend_batch = cuda._descend_batch
     sizes = []
 
-    def small_memory(R: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, *rest: object) -> object:
-        sizes.append(len(weight))
-        if len(weight) > 2:
+    def small_memory(batch: ScaledProblem, *rest: object) -> object:
+        sizes.append(len(batch.weight))
+        if len(batch.weight) > 2:
             raise torch.cuda.OutOfMemoryError("out of memory")
-        return descend_batch(R, root, weight, *rest)
+        return descend_batch(batch, *rest)
 
     cuda._descend_batch = small_memory
     try:

@@ -1,18 +1,19 @@
 """Inner loops.
 
-``reference`` in plain torch is the specification; ``cpu`` (numba) and ``cuda`` (Triton) are its fast
-twins with the same signatures, chosen by the device.
+``interface`` says what goes in and comes out. ``reference`` in plain torch is the specification; ``cpu``
+(numba) and ``cuda`` (Triton) are its fast twins with the same functions, chosen by the device.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from types import ModuleType
 
 import torch
 
+from .interface import Kernels
 
-def kernels_for(device: torch.device) -> ModuleType:
+
+def kernels_for(device: torch.device) -> Kernels:
     """The fastest installed kernels for ``device``; ``reference`` where there are none."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         from . import cuda

@@ -13,13 +13,17 @@ import itertools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu_loops import BOUND_SLACK, Array, best_swaps_of_tile, descend_tile, exchange_loop, prune_tile
-from .reference import BestSwaps, Descent
+from .cpu_loops.compilation import Array
+from .cpu_loops.descent import best_swaps_of_tile, descend_tile
+from .cpu_loops.exchanges import exchange_loop
+from .cpu_loops.greedy import prune_tile
+from .interface import BestSwaps, Descent, DescentOptions, ScaledProblem, unsolved
 
 # Rows that share one pass over R; fewer when there are few rows or when time is short.
 TILE = 128
@@ -28,143 +32,99 @@ EXCHANGES = 10_000
 UNLIMITED = np.iinfo(np.int64).max
 
 
+class _Arrays(NamedTuple):
+    """A problem as the loops take it: ``R``, ``y``, the scaled drift or a stand-in, whether there is one."""
+
+    R: Array
+    weight: Array
+    drift: Array
+    has_drift: bool
+
+    def tile(self, first: int, last: int) -> _Arrays:
+        """Rows [first, last)."""
+        drift = self.drift[first:last] if self.has_drift else self.drift
+        return self._replace(weight=self.weight[first:last], drift=drift)
+
+
+def _arrays(problem: ScaledProblem) -> _Arrays:
+    R = problem.correlation.contiguous().numpy()
+    weight = problem.weight.contiguous().numpy()
+    if problem.drift is None:
+        return _Arrays(R, weight, np.zeros((1, 1), R.dtype), False)
+    return _Arrays(R, weight, problem.drift.contiguous().numpy(), True)
+
+
 def descend(
-    correlation: Tensor,
-    scaled_weight: Tensor,
-    scaled_drift: Tensor | None,
-    constant: Tensor | None,
+    problem: ScaledProblem,
     mask: Tensor,
-    block: int,
-    tolerance: float,
-    max_swaps: int | None = None,
-    search: str = "lazy",
-    patience: int = 0,
-    tenure: int = 1,
+    options: DescentOptions,
     deadline: float = float("inf"),
-    largest_correlation: Tensor | None = None,
     report: Callable[[int], None] | None = None,
 ) -> Descent:
-    """Descend row by row, see ``reference.descend``; all floats of one dtype, float32 or float64.
-
-    Args:
-        correlation: ``R`` (cols, cols).
-        scaled_weight: ``y`` (rows, cols), each row at its own scale (see ``scaling``).
-        scaled_drift: ``h/√diag(G)`` (rows, cols) at the same scales, or None.
-        constant: the drift's constant (rows,) at the squared scales, float64, or None.
-        mask: warm start (rows, cols), bool.
-        block: width of the pattern's blocks.
-        tolerance: a swap must lower the row's error by this share of its starting error.
-        max_swaps: the most swaps per row.
-        search: ``lazy`` or ``best``.
-        patience: moves of a tabu walk without improvement after which it stops; 0 for no walk.
-        tenure: moves for which a moved weight stays, at least 1.
-        deadline: rows not begun at this moment of ``time.monotonic()`` keep the warm start.
-        largest_correlation: ``ρ`` (cols,); computed if not given.
-        report: called with the number of rows done since the last call.
-    """
-    rows = len(scaled_weight)
-    R = correlation.contiguous().numpy()
-    weight = scaled_weight.contiguous().numpy()
-    has_drift = scaled_drift is not None
-    drift = np.zeros((1, 1), R.dtype) if scaled_drift is None else scaled_drift.contiguous().numpy()
-    offset = np.zeros(rows) if constant is None else constant.double().numpy()
-    root = _root(correlation, largest_correlation)
-    kept = mask.clone().contiguous().numpy()
-    swaps = np.zeros(rows, np.int64)
-    converged = np.zeros(rows, np.bool_)
-    resolved = np.ones(rows, np.bool_)
-    error = np.full(rows, np.nan)
-    most = UNLIMITED if max_swaps is None else max_swaps
+    """Descend row by row, see ``reference.descend``; rows begun before the deadline are finished."""
+    rows = len(mask)
+    arrays = _arrays(problem)
+    root = problem.root().numpy()
+    constant = np.zeros(rows) if problem.constant is None else problem.constant.double().numpy()
+    found = unsolved(mask.contiguous())
+    kept, *results = (column.numpy() for column in found)
+    most = UNLIMITED if options.max_swaps is None else options.max_swaps
 
     def work(first: int, last: int) -> None:
+        R, weight, drift, has_drift = arrays.tile(first, last)
         descend_tile(
             R,
             root,
-            weight[first:last],
-            drift[first:last] if has_drift else drift,
+            weight,
+            drift,
             has_drift,
-            offset[first:last],
+            constant[first:last],
             kept[first:last],
-            block,
-            tolerance,
+            problem.block,
+            options.tolerance,
             most,
-            search == "best",
-            patience,
-            tenure,
-            swaps[first:last],
-            converged[first:last],
-            resolved[first:last],
-            error[first:last],
+            options.search == "best",
+            options.patience,
+            options.tenure,
+            *(result[first:last] for result in results),
         )
         if report is not None:
             report(last - first)
 
     for_tiles(work, rows, deadline)
-    return Descent(*(torch.from_numpy(array) for array in (kept, swaps, converged, resolved, error)))
+    return found
 
 
-def best_swaps(
-    correlation: Tensor,
-    scaled_weight: Tensor,
-    scaled_drift: Tensor | None,
-    mask: Tensor,
-    block: int,
-    largest_correlation: Tensor | None = None,
-) -> BestSwaps:
-    """The swap with the lowest Δ of each row, see ``reference.best_swaps``; arguments as of ``descend``."""
-    rows = len(scaled_weight)
-    R = correlation.contiguous().numpy()
-    root = _root(correlation, largest_correlation)
-    weight = scaled_weight.contiguous().numpy()
-    has_drift = scaled_drift is not None
-    drift = np.zeros((1, 1), R.dtype) if scaled_drift is None else scaled_drift.contiguous().numpy()
+def best_swaps(problem: ScaledProblem, mask: Tensor) -> BestSwaps:
+    """The swap with the lowest Δ of each row, see ``reference.best_swaps``."""
+    rows = len(mask)
+    arrays = _arrays(problem)
+    root = problem.root().numpy()
     kept = mask.contiguous().numpy()
-    change = np.empty(rows)
-    pruned = np.empty(rows, np.int64)
-    restored = np.empty(rows, np.int64)
+    results = np.empty(rows), np.empty(rows, np.int64), np.empty(rows, np.int64)
 
     def work(first: int, last: int) -> None:
-        best_swaps_of_tile(
-            R,
-            root,
-            weight[first:last],
-            drift[first:last] if has_drift else drift,
-            has_drift,
-            kept[first:last],
-            block,
-            change[first:last],
-            pruned[first:last],
-            restored[first:last],
-        )
+        R, weight, drift, has_drift = arrays.tile(first, last)
+        parts = (result[first:last] for result in results)
+        best_swaps_of_tile(R, root, weight, drift, has_drift, kept[first:last], problem.block, *parts)
 
     for_tiles(work, rows)
-    return BestSwaps(torch.from_numpy(change), torch.from_numpy(pruned), torch.from_numpy(restored))
+    return BestSwaps(*(torch.from_numpy(result) for result in results))
 
 
 def prune(
-    correlation: Tensor,
-    scaled_weight: Tensor,
-    scaled_drift: Tensor | None,
-    mask: Tensor,
-    block: int,
-    keep: int,
-    deadline: float = float("inf"),
+    problem: ScaledProblem, mask: Tensor, keep: int, deadline: float = float("inf")
 ) -> tuple[Tensor, Tensor]:
-    """Backward greedy, see ``reference.prune``; arguments as of ``descend``."""
-    rows = len(scaled_weight)
-    R = correlation.contiguous().numpy()
-    weight = scaled_weight.contiguous().numpy()
-    has_drift = scaled_drift is not None
-    drift = np.zeros((1, 1), R.dtype) if scaled_drift is None else scaled_drift.contiguous().numpy()
+    """Backward greedy, see ``reference.prune``."""
+    arrays = _arrays(problem)
     kept = mask.clone().contiguous().numpy()
-    finished = np.zeros(rows, np.bool_)
+    finished = np.zeros(len(mask), np.bool_)
 
     def work(first: int, last: int) -> None:
-        part = drift[first:last] if has_drift else drift
-        prune_tile(R, weight[first:last], part, has_drift, kept[first:last], block, keep)
+        prune_tile(*arrays.tile(first, last), kept[first:last], problem.block, keep)
         finished[first:last] = True
 
-    for_tiles(work, rows, deadline)
+    for_tiles(work, len(mask), deadline)
     return torch.from_numpy(kept), torch.from_numpy(finished)
 
 
@@ -183,15 +143,6 @@ def exchange_rows(
         if exchange_loop(correlation.numpy(), *state, limit, EXCHANGES, touched.numpy()):
             break
     return touched
-
-
-def _root(correlation: Tensor, largest: Tensor | None) -> Array:
-    """``√ρ`` (cols,), rounded up, in the dtype of ``correlation``."""
-    if largest is None:
-        largest = (correlation - torch.diag(correlation.diagonal())).abs().amax(1)
-    root = largest.double().sqrt() * (1 + BOUND_SLACK)
-    array: Array = root.to(correlation.dtype).numpy()
-    return array
 
 
 def for_tiles(work: Callable[[int, int], None], rows: int, deadline: float = float("inf")) -> None:

@@ -23,13 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .reference import BestSwaps, Descent, best_swaps, exchange_rows, prune
+from .interface import Descent, DescentOptions, ScaledProblem, unsolved
+from .reference import best_swaps, exchange_rows, prune
 from .scaling import NARROW_BLOCK, RANKS, REFRESHES, rounding_noise
 
-__all__ = ["BestSwaps", "Descent", "best_swaps", "descend", "exchange_rows", "prune"]
+__all__ = ["best_swaps", "descend", "exchange_rows", "prune"]
 
-# s is enlarged by this share so that the bound holds for rounded products in float32.
-BOUND_SLACK = 1e-5
 # Columns that a program looks at together, and kept weights whose bounds it computes together.
 BLOCK = 1024
 LINES = 16
@@ -43,62 +42,24 @@ BIG = 1e30
 
 
 def descend(
-    correlation: Tensor,
-    scaled_weight: Tensor,
-    scaled_drift: Tensor | None,
-    constant: Tensor | None,
+    problem: ScaledProblem,
     mask: Tensor,
-    block: int,
-    tolerance: float,
-    max_swaps: int | None = None,
-    search: str = "lazy",
-    patience: int = 0,
-    tenure: int = 1,
+    options: DescentOptions,
     deadline: float = float("inf"),
-    largest_correlation: Tensor | None = None,
     report: Callable[[int], None] | None = None,
 ) -> Descent:
     """Descend row by row, see ``reference.descend``; halves the batch of rows when memory runs out."""
-    if patience:
-        return reference.descend(
-            correlation,
-            scaled_weight,
-            scaled_drift,
-            constant,
-            mask,
-            block,
-            tolerance,
-            max_swaps,
-            search,
-            patience,
-            tenure,
-            deadline,
-            largest_correlation,
-            report,
-        )
-    if largest_correlation is None:
-        largest_correlation = (correlation - torch.diag(correlation.diagonal())).abs().amax(1)
-    root = (largest_correlation.double().sqrt() * (1 + BOUND_SLACK)).to(correlation.dtype)
-    rows = len(scaled_weight)
+    if options.patience:
+        return reference.descend(problem, mask, options, deadline, report)
+    root = problem.root().contiguous()
+    rows = len(mask)
     size = rows
     first = 0
     parts: list[Descent] = []
     while first < rows:
         batch = slice(first, min(first + size, rows))
         try:
-            part = _descend_batch(
-                correlation,
-                root,
-                scaled_weight[batch],
-                None if scaled_drift is None else scaled_drift[batch],
-                None if constant is None else constant[batch],
-                mask[batch],
-                block,
-                tolerance,
-                max_swaps,
-                search,
-                deadline,
-            )
+            part = _descend_batch(problem.rows(batch), root, mask[batch], options, deadline)
         except torch.cuda.OutOfMemoryError:
             if size == 1:
                 raise
@@ -113,91 +74,78 @@ def descend(
 
 
 def _descend_batch(
-    correlation: Tensor,
-    root: Tensor,
-    weight: Tensor,
-    drift: Tensor | None,
-    constant: Tensor | None,
-    mask: Tensor,
-    block: int,
-    tolerance: float,
-    max_swaps: int | None,
-    search: str,
-    deadline: float,
+    problem: ScaledProblem, root: Tensor, mask: Tensor, options: DescentOptions, deadline: float
 ) -> Descent:
     """Descend some rows; a refresh of the costs between launches, as in the specification."""
-    rows, cols = weight.shape
-    mask = mask.clone()
-    swaps = torch.zeros(rows, dtype=torch.int64, device=mask.device)
-    converged = torch.zeros(rows, dtype=torch.bool, device=mask.device)
-    resolved = torch.ones_like(converged)
-    error = torch.full((rows,), torch.nan, dtype=torch.float64, device=mask.device)
-    limit = torch.zeros(rows, dtype=torch.float64, device=mask.device)
-    active = torch.arange(rows, device=mask.device)
-    most = torch.iinfo(torch.int64).max if max_swaps is None else max_swaps
+    found = unsolved(mask)
+    mask, swaps, converged, resolved, error = found
+    limit = torch.zeros_like(error)
+    active = torch.arange(len(mask), device=mask.device)
+    most = torch.iinfo(torch.int64).max if options.max_swaps is None else options.max_swaps
     for refresh in range(REFRESHES):
         if time.monotonic() >= deadline or not len(active):
             break
-        part, kept = weight[active], mask[active]
-        linear = None if drift is None else drift[active]
-        cost = _costs(correlation, part, linear, kept)
+        part, kept = problem.rows(active), mask[active]
+        cost = _costs(part, kept)
         if refresh == 0:
-            pruned = part.double().masked_fill(kept, 0)
-            start = (pruned * (cost if linear is None else cost + linear.double())).sum(1)
-            error[active] = (start + (0 if constant is None else constant.double())).clamp_min(0)
-            limit[active] = tolerance * error[active] / 2
-        noise = rounding_noise(part, linear, kept)
-        if weight.dtype == torch.float32:
+            pruned = part.weight.double().masked_fill(kept, 0)
+            start = (pruned * (cost if part.drift is None else cost + part.drift.double())).sum(1)
+            error[:] = (start + (0 if part.constant is None else part.constant.double())).clamp_min(0)
+            limit[:] = options.tolerance * error / 2
+        noise = rounding_noise(part.weight, part.drift, kept)
+        if part.weight.dtype == torch.float32:
             clear = noise <= limit[active]
             resolved[active[~clear]] = False
-            active, part, kept, cost = active[clear], part[clear], kept[clear], cost[clear]
+            active, part, kept, cost = active[clear], part.rows(clear), kept[clear], cost[clear]
         else:
             limit[active] = torch.maximum(limit[active], noise)
         if not len(active):
             break
-        made, none_left = launch(
-            correlation,
-            root,
-            part,
-            cost,
-            kept,
-            block,
-            limit[active],
-            (most - swaps[active]).clamp_max(SWAPS_PER_REFRESH * cols),
-            search,
-        )
+        left = (most - swaps[active]).clamp_max(SWAPS_PER_REFRESH * mask.shape[1])
+        made, none_left = launch(part, root, cost, kept, limit[active], left, options.search)
         mask[active] = kept
         swaps[active] += made
         converged[active[none_left & (made == 0)]] = True
         active = active[(made > 0) & (none_left | (swaps[active] < most))]
     else:
         resolved[active] = False
-    return Descent(mask, swaps, converged, resolved, error)
+    return found
 
 
-def _costs(correlation: Tensor, weight: Tensor, drift: Tensor | None, mask: Tensor) -> Tensor:
+def _costs(problem: ScaledProblem, mask: Tensor) -> Tensor:
     """``c = R (y∘(1-m)) + h`` (rows, cols) from products in float64."""
+    weight = problem.weight
     cost = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
-    if drift is not None:
-        cost += drift
+    if problem.drift is not None:
+        cost += problem.drift
     for first in range(0, weight.shape[1], COST_COLS):
         part = slice(first, first + COST_COLS)
-        cost.addmm_(weight[:, part].double().masked_fill(mask[:, part], 0), correlation[part].double())
+        pruned = weight[:, part].double().masked_fill(mask[:, part], 0)
+        cost.addmm_(pruned, problem.correlation[part].double())
     return cost
 
 
 def launch(
-    correlation: Tensor,
+    problem: ScaledProblem,
     root: Tensor,
-    weight: Tensor,
     cost: Tensor,
     mask: Tensor,
-    block: int,
     limit: Tensor,
     most: Tensor,
     search: str,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel: (swaps made (rows,), rows in which no swap is left (rows,)); ``mask`` is the result."""
+    """Run the kernel: (swaps made (rows,), rows in which no swap is left (rows,)).
+
+    Args:
+        problem: the rows.
+        root: ``√ρ`` (cols,), rounded up.
+        cost: ``c`` (rows, cols), float64.
+        mask: kept weights (rows, cols), the result.
+        limit: Δ must be below ``-limit`` (rows,).
+        most: the most swaps (rows,).
+        search: ``lazy`` or ``best``.
+    """
+    weight = problem.weight
     rows, cols = weight.shape
     delta = torch.where(mask, weight, -weight).contiguous()
     wide = delta.double()
@@ -206,8 +154,8 @@ def launch(
     made = torch.zeros(rows, dtype=torch.int64, device=weight.device)
     none_left = torch.zeros(rows, dtype=torch.int32, device=weight.device)
     descend_rows[(rows,)](
-        correlation.contiguous(),
-        root.contiguous(),
+        problem.correlation.contiguous(),
+        root,
         q,
         delta,
         flags,
@@ -216,8 +164,8 @@ def launch(
         made,
         none_left,
         cols,
-        block,
-        NARROW=block <= NARROW_BLOCK,
+        problem.block,
+        NARROW=problem.block <= NARROW_BLOCK,
         STEEPEST=search == "best",
         **kernel_options(),
     )

@@ -28,194 +28,168 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .interface import BestSwaps, Descent, DescentOptions, ScaledProblem, unsolved
 from .scaling import NARROW_BLOCK, RANKS, REFRESHES, WALKS, rounding_noise
 
 # Entries of Δ that are held at once.
 DELTA_ENTRIES = 1 << 24
 
 
-class Descent(NamedTuple):
-    """Result of a descent.
-
-    Attributes:
-        mask: the final masks (rows, cols), bool.
-        swaps: how many swaps each row made (rows,), int64.
-        converged: rows in which freshly computed costs show no improving swap (rows,), bool.
-        resolved: rows that the dtype can decide (rows,), bool; the others are to be redone in a wider one.
-        error: starting error of each row (rows,), float64; NaN for rows that the deadline cut off.
-    """
-
-    mask: Tensor
-    swaps: Tensor
-    converged: Tensor
-    resolved: Tensor
-    error: Tensor
-
-
-class BestSwaps(NamedTuple):
-    """The best swap of each row, improving or not.
-
-    Attributes:
-        change: Δ (rows,), float64, at the squared scale of the row.
-        pruned: u (rows,), int64.
-        restored: p (rows,), int64.
-    """
-
-    change: Tensor
-    pruned: Tensor
-    restored: Tensor
-
-
 def descend(
-    correlation: Tensor,
-    scaled_weight: Tensor,
-    scaled_drift: Tensor | None,
-    constant: Tensor | None,
+    problem: ScaledProblem,
     mask: Tensor,
-    block: int,
-    tolerance: float,
-    max_swaps: int | None = None,
-    search: str = "lazy",
-    patience: int = 0,
-    tenure: int = 1,
+    options: DescentOptions,
     deadline: float = float("inf"),
-    largest_correlation: Tensor | None = None,  # a bound for the faster twins
     report: Callable[[int], None] | None = None,
 ) -> Descent:
-    """Descend row by row; all floats of one dtype.
+    """Descend row by row.
 
     Args:
-        correlation: ``R`` (cols, cols).
-        scaled_weight: ``y`` (rows, cols), each row at its own scale (see ``scaling``).
-        scaled_drift: ``h/√diag(G)`` (rows, cols) at the same scales, or None.
-        constant: the drift's constant (rows,) at the squared scales, or None.
+        problem: the rows, at their scales.
         mask: warm start (rows, cols), bool.
-        block: width of the pattern's blocks; swaps stay inside one.
-        tolerance: share of the row's starting error that counts as an improvement.
-        max_swaps: the most swaps per row.
-        search: ``lazy`` or ``best``.
-        patience: moves of a tabu walk without improvement after which it stops; 0 for no walk.
-        tenure: moves for which a moved weight stays, at least 1.
-        deadline: stop at this moment of ``time.monotonic()``.
-        largest_correlation: ``ρ`` (cols,), not needed here.
+        options: how to search.
+        deadline: stop at this moment of ``time.monotonic()``; rows not begun by then keep the warm start.
         report: called with the number of rows done since the last call.
     """
-    rows, cols = scaled_weight.shape
-    mask = mask.clone()
-    swaps = torch.zeros(rows, dtype=torch.int64, device=mask.device)
-    converged = torch.zeros(rows, dtype=torch.bool, device=mask.device)
-    resolved = torch.ones_like(converged)
-    error = torch.full((rows,), torch.nan, dtype=torch.float64, device=mask.device)
-    size = max(1, DELTA_ENTRIES // (cols * block))
-    for first in range(0, rows, size):
-        last = min(first + size, rows)
-        active = torch.arange(first, last, device=mask.device)
-        limit = torch.zeros(rows, dtype=torch.float64, device=mask.device)
-        optimum = mask.clone()
-        optimum_error = torch.full_like(limit, torch.inf)
-        walks = torch.zeros_like(swaps)
-        for refresh in range(REFRESHES + (2 * WALKS if patience else 0)):
-            if time.monotonic() >= deadline or not len(active):
-                break
-            drift = None if scaled_drift is None else scaled_drift[active]
-            state = _Rows(correlation, scaled_weight[active], drift, mask[active], block)
-            if refresh == 0:
-                start = state.error() + (0 if constant is None else constant[active].double())
-                error[active] = start.clamp_min(0)
-                limit[active] = tolerance * error[active] / 2
-            noise = rounding_noise(scaled_weight[active], drift, mask[active])
-            if scaled_weight.dtype == torch.float32:
-                hopeless = noise > limit[active]
-                resolved[active[hopeless]] = False
-                state.keep(~hopeless)
-                active = active[~hopeless]
-            else:
-                limit[active] = torch.maximum(limit[active], noise)
-            fresh_error = state.error()
-            again, calm = _descend_batch(
-                state, active, mask, swaps, limit[active], max_swaps, search, deadline
-            )
-            if patience:
-                lower = fresh_error < optimum_error[active] - limit[active]
-                ready = calm & lower & (walks[active] < WALKS)
-                walkers = active[ready]
-                optimum[walkers], optimum_error[walkers] = mask[walkers], fresh_error[ready]
-                walks[walkers] += 1
-                drift = None if scaled_drift is None else scaled_drift[walkers]
-                walk = _Rows(correlation, scaled_weight[walkers], drift, mask[walkers], block)
-                found, moves, gained = _walk_batch(walk, limit[walkers], patience, tenure)
-                swaps[walkers] += moves
-                gained &= walks[walkers] < WALKS
-                again[ready] = gained
-                calm[ready] = ~gained
-                mask[walkers[gained]] = found[gained]
-                settled = active[calm]
-                mask[settled] = torch.where(walks[settled, None] > 0, optimum[settled], mask[settled])
-            converged[active[calm]] = True
-            active = active[again]
-        else:
-            resolved[active] = False
+    found = unsolved(mask)
+    for part in _batches(problem):
+        batch = Descent(*(column[part] for column in found))
+        _descend_batch(problem.rows(part), batch, options, deadline)
         if report is not None:
-            report(last - first)
-    return Descent(mask, swaps, converged, resolved, error)
+            report(len(batch.mask))
+    return found
 
 
-def best_swaps(
-    correlation: Tensor,
-    scaled_weight: Tensor,
-    scaled_drift: Tensor | None,
-    mask: Tensor,
-    block: int,
-    largest_correlation: Tensor | None = None,
-) -> BestSwaps:
-    """The swap with the lowest Δ of each row, from freshly computed costs; arguments as of ``descend``."""
-    rows, cols = scaled_weight.shape
-    size = max(1, DELTA_ENTRIES // (cols * block))
+def best_swaps(problem: ScaledProblem, mask: Tensor) -> BestSwaps:
+    """The swap with the lowest Δ of each row, from freshly computed costs.
+
+    Args:
+        problem: the rows, at their scales; constants are not needed.
+        mask: kept weights (rows, cols), bool.
+    """
     parts = []
-    for first in range(0, rows, size):
-        part = slice(first, first + size)
-        drift = None if scaled_drift is None else scaled_drift[part]
-        state = _Rows(correlation, scaled_weight[part], drift, mask[part], block)
+    for part in _batches(problem):
+        state = _Rows(problem.rows(part), mask[part])
         parts.append(state.best_swap(torch.zeros(1, device=mask.device), "best"))
     change, pruned, restored = (torch.cat(column) for column in zip(*parts, strict=True))
     return BestSwaps(change.double(), pruned, restored)
 
 
-def _descend_batch(
-    state: _Rows,
-    rows: Tensor,
-    mask: Tensor,
-    swaps: Tensor,
-    limit: Tensor,
-    max_swaps: int | None,
-    search: str,
-    deadline: float,
+def _batches(problem: ScaledProblem) -> list[slice]:
+    """Batches of rows of at most ``DELTA_ENTRIES`` pairs."""
+    rows, cols = problem.weight.shape
+    size = max(1, DELTA_ENTRIES // (cols * problem.block))
+    return [slice(first, first + size) for first in range(0, rows, size)]
+
+
+def _descend_batch(problem: ScaledProblem, found: Descent, options: DescentOptions, deadline: float) -> None:
+    """Descend some rows: ``found`` holds the warm start and becomes the result, in place."""
+    mask, _, converged, resolved, error = found
+    active = torch.arange(len(mask), device=mask.device)
+    limit = torch.zeros_like(error)
+    walks = _Walks(problem, found, options)
+    for refresh in range(REFRESHES + (2 * WALKS if options.patience else 0)):
+        if time.monotonic() >= deadline or not len(active):
+            break
+        part = problem.rows(active)
+        state = _Rows(part, mask[active])
+        if refresh == 0:
+            start = state.error() + (0 if part.constant is None else part.constant.double())
+            error[:] = start.clamp_min(0)
+            limit[:] = options.tolerance * error / 2
+        noise = rounding_noise(part.weight, part.drift, mask[active])
+        if part.weight.dtype == torch.float32:
+            hopeless = noise > limit[active]
+            resolved[active[hopeless]] = False
+            state.keep(~hopeless)
+            active = active[~hopeless]
+        else:
+            limit[active] = torch.maximum(limit[active], noise)
+        fresh_error = state.error()
+        again, calm = _swap_until_calm(state, found, active, limit[active], options, deadline)
+        if options.patience:
+            again, calm = walks.go_on(active, again, calm, fresh_error, limit[active])
+        converged[active[calm]] = True
+        active = active[again]
+    else:
+        resolved[active] = False
+
+
+def _swap_until_calm(
+    state: _Rows, found: Descent, rows: Tensor, limit: Tensor, options: DescentOptions, deadline: float
 ) -> tuple[Tensor, Tensor]:
-    """Swap until nothing is left; (rows to look at again, rows that were at an optimum), both bool."""
-    made = torch.zeros(len(rows), dtype=torch.int64, device=mask.device)
-    none_left = torch.zeros(len(rows), dtype=torch.bool, device=mask.device)
-    where = torch.arange(len(rows), device=mask.device)
+    """Swap until nothing is left; (rows to look at again, rows that were at an optimum), both bool.
+
+    Args:
+        state: the rows that swap, used up.
+        found: masks and swaps of the batch, brought up to date.
+        rows: which rows of the batch they are (n,).
+        limit: Δ must be below ``-limit`` (n,).
+        options: how to search.
+        deadline: when to stop.
+    """
+    made = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    none_left = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    where = torch.arange(len(rows), device=rows.device)
     while len(where) and time.monotonic() < deadline:
-        change, pruned, restored = state.best_swap(limit[where], search)
+        change, pruned, restored = state.best_swap(limit[where], options.search)
         improves = change < -limit[where]
         none_left[where[~improves]] = True
-        if max_swaps is not None:
-            improves &= swaps[rows[where]] < max_swaps
+        if options.max_swaps is not None:
+            improves &= found.swaps[rows[where]] < options.max_swaps
         state.keep(improves)
         where, pruned, restored = where[improves], pruned[improves], restored[improves]
         state.swap(pruned, restored)
-        mask[rows[where]] = state.mask
-        swaps[rows[where]] += 1
+        found.mask[rows[where]] = state.mask
+        found.swaps[rows[where]] += 1
         made[where] += 1
     return none_left & (made > 0), none_left & (made == 0)
 
 
-def _walk_batch(state: _Rows, limit: Tensor, patience: int, tenure: int) -> tuple[Tensor, Tensor, Tensor]:
+class _Walks:
+    """Tabu walks of a batch of rows, and the best optimum that each row has walked from."""
+
+    def __init__(self, problem: ScaledProblem, found: Descent, options: DescentOptions):
+        self.problem, self.found, self.options = problem, found, options
+        self.made = torch.zeros_like(found.swaps)
+        self.optimum = found.mask.clone()
+        self.optimum_error = torch.full_like(found.error, torch.inf)
+
+    def go_on(
+        self, rows: Tensor, again: Tensor, calm: Tensor, error: Tensor, limit: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Walk from every new optimum: (rows to look at again, rows that settle at their best), both bool.
+
+        Args:
+            rows: which rows of the batch these are (n,).
+            again: those that are to be looked at again anyway (n,), bool.
+            calm: those that are at an optimum (n,), bool.
+            error: their errors, without the drift's constant (n,), float64.
+            limit: what counts as an improvement (n,), float64.
+        """
+        mask = self.found.mask
+        lower = error < self.optimum_error[rows] - limit
+        ready = calm & lower & (self.made[rows] < WALKS)
+        walkers = rows[ready]
+        self.optimum[walkers], self.optimum_error[walkers] = mask[walkers], error[ready]
+        self.made[walkers] += 1
+        state = _Rows(self.problem.rows(walkers), mask[walkers])
+        best, moves, gained = _walk(state, limit[ready], self.options.patience, self.options.tenure)
+        self.found.swaps[walkers] += moves
+        gained &= self.made[walkers] < WALKS
+        mask[walkers[gained]] = best[gained]
+        again, calm = again.clone(), calm.clone()
+        again[ready], calm[ready] = gained, ~gained
+        settled = rows[calm]
+        mask[settled] = torch.where(self.made[settled, None] > 0, self.optimum[settled], mask[settled])
+        return again, calm
+
+
+def _walk(state: _Rows, limit: Tensor, patience: int, tenure: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tabu walks of some rows: (best masks, moves, whether they gained more than ``limit``)."""
     rows = len(state.mask)
     found = state.mask.clone()
@@ -249,30 +223,22 @@ def _walk_batch(state: _Rows, limit: Tensor, patience: int, tenure: int) -> tupl
 
 
 def prune(
-    correlation: Tensor,
-    scaled_weight: Tensor,
-    scaled_drift: Tensor | None,
-    mask: Tensor,
-    block: int,
-    keep: int,
-    deadline: float = float("inf"),
+    problem: ScaledProblem, mask: Tensor, keep: int, deadline: float = float("inf")
 ) -> tuple[Tensor, Tensor]:
     """Backward greedy: prune the weight with the lowest q until each block keeps ``keep``.
 
     Args:
-        correlation: ``R`` (cols, cols).
-        scaled_weight: ``y`` (rows, cols).
-        scaled_drift: ``h/√diag(G)`` (rows, cols) or None.
+        problem: the rows, at their scales; constants are not needed.
         mask: start (rows, cols), bool; each row keeps the same number, each block at least ``keep``.
-        block: width of the pattern's blocks.
         keep: weights that each block keeps.
         deadline: rows not finished at this moment of ``time.monotonic()`` are not done.
 
     Returns:
         Masks (rows, cols) and whether each row is finished (rows,).
     """
-    rows, cols = scaled_weight.shape
-    state = _Rows(correlation, scaled_weight, scaled_drift, mask, block)
+    rows, cols = problem.weight.shape
+    block = problem.block
+    state = _Rows(problem, mask)
     row = torch.arange(rows, device=mask.device)
     todo = int(mask[0].sum()) - keep * (cols // block)
     for _ in range(todo):
@@ -282,7 +248,7 @@ def prune(
         full = state.mask.view(rows, -1, block).sum(2) <= keep
         closed = full[..., None].expand(-1, -1, block).reshape(rows, cols)
         pruned = _first_argmin(q.masked_fill(closed | ~state.mask, torch.inf))
-        state.cost = state.cost + state.delta[row, pruned, None] * correlation[pruned]
+        state.cost = state.cost + state.delta[row, pruned, None] * state.correlation[pruned]
         state.delta[row, pruned] *= -1
         state.mask[row, pruned] = False
     finished = state.mask.sum(1) == keep * (cols // block)
@@ -349,15 +315,15 @@ def exchange_rows(
 class _Rows:
     """State of some rows: ``δ``, ``c`` (rows, cols) and their masks."""
 
-    def __init__(self, correlation: Tensor, weight: Tensor, drift: Tensor | None, mask: Tensor, block: int):
-        self.correlation = correlation
-        cols = len(correlation)
-        self.inside = torch.stack([correlation[i : i + block, i : i + block] for i in range(0, cols, block)])
+    def __init__(self, problem: ScaledProblem, mask: Tensor):
+        R, weight, block = problem.correlation, problem.weight, problem.block
+        self.correlation = R
+        self.inside = torch.stack([R[i : i + block, i : i + block] for i in range(0, len(R), block)])
         self.mask = mask.clone()
         self.block = block
         self.delta = torch.where(mask, weight, -weight)
-        self.drift = torch.zeros_like(weight) if drift is None else drift
-        self.cost = weight.masked_fill(mask, 0) @ correlation + self.drift
+        self.drift = torch.zeros_like(weight) if problem.drift is None else problem.drift
+        self.cost = weight.masked_fill(mask, 0) @ R + self.drift
 
     def error(self) -> Tensor:
         """``Σ_pruned y (c + h)`` of each row, float64."""

@@ -22,7 +22,7 @@ from ...problems.pattern import Coupling
 from ..kernels import kernels_for
 from ..kernels.scaling import rounding_noise
 from .layer_budget import best_exchange, exchange_limit
-from .local_search import row_batches, scaled_rows
+from .local_search import at_scale, row_batches, scaled_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +100,8 @@ def certify(
     changes, pruned, restored, noises = [], [], [], []
     for rows in row_batches(problem):
         scaled = scaled_rows(problem, mask, rows)
-        best = kernels_for(problem.device).best_swaps(
-            correlation,
-            scaled.weight,
-            scaled.drift,
-            mask[rows],
-            problem.pattern.block,
-            problem.gram.largest_correlation,
-        )
+        part = at_scale(problem, scaled, correlation)
+        best = kernels_for(problem.device).best_swaps(part, mask[rows])
         square = scaled.scale * scaled.scale
         changes.append(best.change * square)
         pruned.append(best.pruned)

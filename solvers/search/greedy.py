@@ -25,7 +25,7 @@ from ..base import Budget, Group, Outcome, Solver, Status
 from ..kernels import kernels_for
 from ..kernels.scaling import LARGEST_FLOAT32
 from ..scores import warm_start
-from .local_search import FLOAT32_COLS, row_batches, scaled_rows
+from .local_search import FLOAT32_COLS, at_scale, row_batches, scaled_rows
 
 
 @final
@@ -69,16 +69,9 @@ class Greedy(Solver):
             single = problem.cols >= FLOAT32_COLS
             if scaled.drift is not None:
                 single &= bool(scaled.drift.abs().amax() < LARGEST_FLOAT32)
-            dtype = torch.float32 if single else torch.float64
-            found, done = kernels_for(problem.device).prune(
-                problem.gram.correlation if single else problem.gram.correlation64,
-                scaled.weight.to(dtype),
-                None if scaled.drift is None else scaled.drift.to(dtype),
-                dense[rows],
-                pattern.block,
-                pattern.keep,
-                deadline,
-            )
+            correlation = problem.gram.correlation if single else problem.gram.correlation64
+            part = at_scale(problem, scaled, correlation)
+            found, done = kernels_for(problem.device).prune(part, dense[rows], pattern.keep, deadline)
             mask[rows], finished[rows] = found, done
             budget.report(rows.stop, problem.rows)
         if not bool(finished.all()):

@@ -18,6 +18,7 @@ from torch import Tensor
 from ...problems.layer import LayerProblem
 from ..base import Budget, Outcome, Status
 from ..kernels import kernels_for
+from ..kernels.interface import DescentOptions
 from .local_search import descend_layer, row_batches
 
 # Turns of exchanges and swaps; each lowers the error, and a few suffice.
@@ -75,6 +76,7 @@ def descend_budget(
         budget: limits.
     """
     deadline = budget.deadline()
+    options = DescentOptions(tolerance, search=search)
     exchange_rows = kernels_for(problem.device).exchange_rows
     mask = start.clone()
     errors = problem.row_objectives(mask)
@@ -97,7 +99,7 @@ def descend_budget(
             status = Status.LOCAL_OPTIMUM
             break
         part = problem.slice_rows(rows)
-        descent = descend_layer(part, mask[rows], tolerance, None, search, budget, deadline)
+        descent = descend_layer(part, mask[rows], options, budget, deadline)
         mask[rows] = descent.mask
         swaps[rows] += descent.swaps
         certified[rows] = descent.converged

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...problems.layer import LayerProblem
 from ..base import Budget
 from ..kernels import kernels_for
-from ..kernels.reference import Descent
+from ..kernels.interface import Descent, DescentOptions, ScaledProblem
 from ..kernels.scaling import ScaledRows, scale_rows
 
 # Weights of the rows that are scaled at once: bounds the memory beside weights and Gram matrix.
@@ -34,29 +34,29 @@ def scaled_rows(problem: LayerProblem, mask: Tensor, rows: slice | Tensor) -> Sc
     )
 
 
+def at_scale(problem: LayerProblem, scaled: ScaledRows, correlation: Tensor) -> ScaledProblem:
+    """Some rows of a layer as the kernels take them, in the dtype of ``correlation`` (cols, cols)."""
+    return ScaledProblem(
+        correlation,
+        scaled.weight.to(correlation.dtype),
+        None if scaled.drift is None else scaled.drift.to(correlation.dtype),
+        scaled.constant,
+        problem.pattern.block,
+        problem.gram.largest_correlation,
+    )
+
+
 def descend_layer(
-    problem: LayerProblem,
-    start: Tensor,
-    tolerance: float,
-    max_swaps: int | None,
-    search: str,
-    budget: Budget,
-    deadline: float,
-    patience: int = 0,
-    tenure: int = 1,
+    problem: LayerProblem, start: Tensor, options: DescentOptions, budget: Budget, deadline: float
 ) -> Descent:
     """Descend in float32, and in float64 narrow layers and those rows that float32 cannot resolve.
 
     Args:
         problem: the layer.
         start: warm start (rows, cols), bool.
-        tolerance: a swap must lower its row's error by this share of the starting error.
-        max_swaps: the most swaps per row.
-        search: ``lazy`` or ``best``.
+        options: how to search.
         budget: whom to tell about finished rows.
         deadline: when to stop, on ``time.monotonic()``.
-        patience: moves of a tabu walk without improvement after which it stops; 0 for no walk.
-        tenure: moves for which a moved weight stays.
     """
     done = 0
 
@@ -68,22 +68,9 @@ def descend_layer(
     def descend(rows: slice | Tensor, dtype: torch.dtype) -> Descent:
         scaled = scaled_rows(problem, start, rows)
         single = dtype == torch.float32
-        descent: Descent = kernels_for(problem.device).descend(
-            problem.gram.correlation if single else problem.gram.correlation64,
-            scaled.weight.to(dtype),
-            None if scaled.drift is None else scaled.drift.to(dtype),
-            scaled.constant,
-            start[rows],
-            problem.pattern.block,
-            tolerance,
-            max_swaps,
-            search,
-            patience,
-            tenure,
-            deadline,
-            problem.gram.largest_correlation,
-            report,
-        )
+        correlation = problem.gram.correlation if single else problem.gram.correlation64
+        part = at_scale(problem, scaled, correlation)
+        descent = kernels_for(problem.device).descend(part, start[rows], options, deadline, report)
         return descent._replace(error=descent.error * scaled.scale * scaled.scale)
 
     if problem.cols < FLOAT32_COLS:

@@ -18,6 +18,7 @@ from ...errors import InputError, UnsupportedProblemError
 from ...problems.layer import LayerProblem
 from ...problems.pattern import Coupling
 from ..base import ANY_COUPLING, Budget, Covers, Group, Outcome, Solver, Status
+from ..kernels.interface import DescentOptions
 from ..scores import warm_start
 from .layer_budget import descend_budget
 from .local_search import descend_layer
@@ -73,7 +74,8 @@ class OneSwap(Solver):
                     f"found max_swaps = {self.max_swaps}"
                 )
             return descend_budget(problem, start, self.tolerance, self.search, budget)
-        descent = descend_layer(problem, start, self.tolerance, self.max_swaps, self.search, budget, deadline)
+        options = DescentOptions(self.tolerance, self.max_swaps, self.search)
+        descent = descend_layer(problem, start, options, budget, deadline)
         statuses = row_statuses(descent.converged, descent.swaps, self.max_swaps)
         return Outcome(
             descent.mask,

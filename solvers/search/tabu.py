@@ -18,6 +18,7 @@ from torch import Tensor
 from ...errors import InputError
 from ...problems.layer import LayerProblem
 from ..base import Budget, Group, Outcome, Solver
+from ..kernels.interface import DescentOptions
 from ..scores import warm_start
 from .local_search import descend_layer
 from .one_swap import overall_status, row_statuses
@@ -61,17 +62,9 @@ class Tabu(Solver):
         """Descend and walk; rows that a time limit cuts off keep the warm start."""
         deadline = budget.deadline()
         start = warm_start(problem, init)
-        descent = descend_layer(
-            problem,
-            start,
-            self.tolerance,
-            None,
-            "lazy",
-            budget,
-            deadline,
-            max(1, math.ceil(PATIENCE * self.effort)),
-            self.tenure,
-        )
+        patience = max(1, math.ceil(PATIENCE * self.effort))
+        options = DescentOptions(self.tolerance, patience=patience, tenure=self.tenure)
+        descent = descend_layer(problem, start, options, budget, deadline)
         statuses = row_statuses(descent.converged, descent.swaps, None)
         return Outcome(
             descent.mask,

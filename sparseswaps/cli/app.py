@@ -1,44 +1,127 @@
-"""Commands, and how a failed one ends: one sentence on standard error and a non-zero exit code."""
+"""Commands, and how a failed one ends: one sentence on standard error and a non-zero exit code.
+
+A command's module, and with it torch and transformers, is imported when the command is called: ``--help``
+and a mistyped command answer at once.
+"""
 
 from __future__ import annotations
 
+import importlib
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_group
 
 from ..errors import InputError, SparseswapsError
-from . import demo, inspect, prune, solve, study, zero_shot
-from .output import error_console
 
+# Module of each command, and the first sentence of its help.
+COMMANDS = {
+    "prune": ("prune", "Prune a model, layer by layer; measure, save and verify it."),
+    "evaluate": (
+        "prune",
+        "Perplexity of a causal model, or cosine of an encoder's embeddings to a reference model's.",
+    ),
+    "apply": ("prune", "Put a mask file on a model and save the result."),
+    "verify": (
+        "prune",
+        "Prove that every layer has the pattern and that kept weights equal the dense ones bit for bit.",
+    ),
+    "extract": (
+        "inspect",
+        "Write layers of a model as instance files: weights, Gram matrix of the dense model, pattern.",
+    ),
+    "solvers": (
+        "inspect",
+        "List the solvers: name, group, options, and what to install where something is missing.",
+    ),
+    "solve": ("solve", "Run a solver on an instance and show what it found, row by row."),
+    "bound": (
+        "solve",
+        "Prove that no mask of an instance has a smaller error than the bound, and compare a solver's mask.",
+    ),
+    "study": (
+        "study",
+        "Run a study: problems × solvers × patterns × seeds. Stop it at any time; it resumes.",
+    ),
+    "report": (
+        "study",
+        "Write the report of a record: a page that needs no network, its Markdown twin, figures, CSV, LaTeX.",
+    ),
+    "merge": ("study", "Take the finished units of other records, for instance of other machines."),
+    "export": ("study", "Write every table of a record as CSV or Parquet."),
+    "zero-shot": (
+        "zero_shot",
+        "Zero-shot accuracy on BoolQ, RTE, HellaSwag, WinoGrande, ARC and OpenBookQA, or on other tasks.",
+    ),
+    "demo": (
+        "demo",
+        "Prune the bundled model with magnitude, Wanda, 1-swap, and 1-swap with drift; compare them.",
+    ),
+}
+
+
+class LazyGroup(TyperGroup):
+    """Commands that are imported when they are called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of all commands, in the order of the help."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """What the help shows of a command."""
+        if cmd_name not in COMMANDS:
+            return None
+        return TyperCommand(cmd_name, help=COMMANDS[cmd_name][1], rich_markup_mode="rich")
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is called, with its own options."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return (name, command if name is None else load(name), rest)
+
+
+def load(name: str) -> Any:
+    """The command ``name``, imported."""
+    module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
+    commands = typer.Typer(rich_markup_mode="rich", context_settings=SETTINGS)
+    commands.callback()(lambda: None)
+    module.register(commands)
+    return get_group(commands).commands[name]
+
+
+SETTINGS = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     name="sparseswaps",
-    help="Choose which weights of a model to keep, and prove how good the choice is.",
+    cls=LazyGroup,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=SETTINGS,
 )
-prune.register(app)
-inspect.register(app)
-solve.register(app)
-study.register(app)
-zero_shot.register(app)
-demo.register(app)
+
+
+@app.callback()
+def _sparseswaps() -> None:
+    """Choose which weights of a model to keep, and prove how good the choice is."""
 
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     try:
         app(standalone_mode=True)
-    except InputError as error:
-        error_console.print(f"[bold red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
-        sys.exit(2)
     except SparseswapsError as error:
-        error_console.print(f"[bold red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _say(f"[bold red]error:[/] {_plain(error)}")
+        sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
-        error_console.print("[bold]interrupted[/]")
+        _say("[bold]interrupted[/]")
         sys.exit(130)
+
+
+def _say(text: str) -> None:
+    from .output import error_console
+
+    error_console.print(text, highlight=False, soft_wrap=True)
 
 
 def _plain(error: Exception) -> str:

@@ -115,11 +115,8 @@ def zero_shot(
         )
     if not tasks:
         raise InputError("zero-shot tasks: expected at least one, found none")
-    for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise InputError(
-                f"{name} of zero-shot tasks counts questions: expected at least 1, found {value}"
-            )
+    for count in ("limit", limit), ("batch_size", batch_size):
+        _check_count(*count)
     begin = time.perf_counter()
     manager = _task_manager(tasks, task_path)
     name = os.fspath(model)
@@ -171,6 +168,11 @@ def zero_shot(
     if out is not None:
         write_atomically(Path(out), json.dumps(report.to_json(), indent=2, sort_keys=True) + "\n")
     return report
+
+
+def _check_count(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise InputError(f"{name} of zero-shot tasks counts questions: expected at least 1, found {value}")
 
 
 def _task_manager(tasks: Sequence[str], task_path: str | os.PathLike[str] | None) -> Any:

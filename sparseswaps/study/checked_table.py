@@ -28,6 +28,10 @@ class CheckedTable:
         """Raise the error of one key."""
         raise InputError(f"{self._name}, key {self._path}{key}: expected {expected}, found {found}")
 
+    def refuse(self, key: str, error: Exception) -> NoReturn:
+        """Raise ``error`` as that of one key."""
+        raise InputError(f"{self._name}, key {self._path}{key}: {error}") from error
+
     def _get(self, key: str, default: Any) -> Any:
         self._known.add(key)
         if key not in self.values and default is REQUIRED:

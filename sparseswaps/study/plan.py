@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..pruning.objective import Objective
-from ..pruning.settings import Mode
+from ..pruning.pipeline import with_stated_drifts
+from ..pruning.settings import Mode, PruneSettings
 from ..records.study import PlannedUnit
 from .problems import layers_of, resolve_files
 from .schema import ModelSet, ProblemSet, SolverChoice, Study
@@ -153,22 +153,23 @@ def _model_specs(study: Study, models: ModelSet) -> Iterable[dict[str, Any]]:
     choices = _chosen(study, models.solvers)
     combinations = itertools.product(study.seeds, patterns, *models.options.values(), choices)
     for seed, pattern, *tried, choice in combinations:
-        options = dict(zip(models.options, tried, strict=True))
-        if options["mode"] == Mode.ONE_SHOT and Objective.parse(options["objective"]).needs_dense_stream:
+        start = {"start": choice.start} if choice.start else {}
+        settings = {
+            "pattern": pattern,
+            "solver": "+".join(choice.solvers),
+            **start,
+            "seed": seed,
+            **dict(zip(models.options, tried, strict=True)),
+        }
+        run = with_stated_drifts(PruneSettings.from_plain(settings))
+        if run.mode is Mode.ONE_SHOT and run.objective.needs_dense_stream:
             continue
         bound = {"bound": models.bound, "bound_seconds": models.bound_seconds} if models.bound else {}
-        start = {"start": choice.start} if choice.start else {}
         yield {
             "kind": "model",
             "model": models.model,
             "name": models.name,
-            "settings": {
-                "pattern": pattern,
-                "solver": "+".join(choice.solvers),
-                **start,
-                "seed": seed,
-                **options,
-            },
+            "settings": settings,
             "machine": dict(models.machine),
             "solver": _solver_spec(choice),
             **bound,

@@ -348,7 +348,7 @@ def _one_of(table: CheckedTable, field: Field[Any], value: Any) -> Any:
     try:
         return kind.write(kind.read(value))
     except (SparseswapsError, ValueError, TypeError) as error:
-        table.wrong(field.name, "a value of this option", str(error))
+        table.refuse(field.name, error)
 
 
 def _choices(table: CheckedTable, labels: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

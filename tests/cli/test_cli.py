@@ -73,7 +73,7 @@ def prune_arguments(dense: Path, text: Path, out: Path) -> list[object]:
         dense,
         "--calibration",
         text,
-        "--eval",
+        "--evaluation",
         text,
         "--samples",
         8,
@@ -92,7 +92,7 @@ def test_prune_verify_evaluate_apply(dense: Path, text: Path, tmp_path: Path, ca
         assert word in shown, word
     code, shown, _ = run("verify", out, "--original", dense, "--json", capsys=capsys)
     assert (code, json.loads(shown)["ok"], json.loads(shown)["layers"]) == (0, True, 14)
-    code, shown, _ = run("evaluate", out, "--eval", text, "--length", 32, "--json", capsys=capsys)
+    code, shown, _ = run("evaluate", out, "--evaluation", text, "--length", 32, "--json", capsys=capsys)
     assert code == 0
     evaluated = json.loads(shown)
     with RunDatabase(out / RECORD_FILE) as record:
@@ -176,7 +176,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(dense: Path, text: Path, tmp_
         (["--pattern", "2:5"], "expected a multiple of 5 columns"),
         (["--solver", "magic"], "unknown solver: expected one of"),
         (["--solver", "ria:alpha=[x]"], "found '[x]'"),
-        (["--one-shot", "--drift", 0.5], "found both"),
+        (["--mode", "one-shot", "--drift", 0.5], "expected sequential mode, found one-shot"),
         (["--calibration", tmp_path / "absent.txt"], "found no such file"),
     ]:
         code, shown, errors = run(*prune_arguments(dense, text, out), *changes, capsys=capsys)

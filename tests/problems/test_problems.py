@@ -61,7 +61,7 @@ def test_patterns_from_text() -> None:
         ("1.0", "expected 0 < sparsity < 1, found 1"),
         ("150%", "found 1.5"),
         ("-0.5", "found -0.5"),
-        ("half", "expected 0.5, 50% or 2:4, found 'half'"),
+        ("half", "expected 0.5, 50%, 2:4 or layer:0.5, found 'half'"),
         ("4:4", "expected 0 < keep < 4, found keep = 4"),
         ("0:4", "found keep = 0"),
         ("1.2.3", "found '1.2.3'"),

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, final
 
 import numpy as np
 import processes
@@ -21,6 +23,7 @@ from sparseswaps.masks.file import load_masks
 from sparseswaps.pruning.report import PruneReport
 from sparseswaps.pruning.run import prune
 from sparseswaps.pruning.settings import Mode
+from sparseswaps.pruning.shared_rows import first_alone
 from sparseswaps.ranks import Ranks
 from sparseswaps.records.run import LayerRecord
 
@@ -46,6 +49,25 @@ def without_seconds(report: PruneReport) -> list[LayerRecord]:
     return [replace(layer, seconds=0.0) for layer in report.layers]
 
 
+@final
+@dataclass(frozen=True)
+class RowBySize(ss.Solver):
+    """A solver of somebody else: says nothing of what it covers, so its rows stand alone."""
+
+    name: ClassVar[str] = "row-by-size"
+    group: ClassVar[ss.Group] = ss.Group.LOCAL_SEARCH
+
+    most: int = 10**9
+
+    def run(self, problem: ss.LayerProblem, init: torch.Tensor | None, budget: ss.Budget) -> ss.Outcome:
+        if problem.rows > self.most:
+            raise ss.InputError(f"expected at most {self.most} rows, found {problem.rows}")
+        scores = problem.weight.abs() + (0 if init is None else init) * 0.1
+        return ss.Outcome(problem.pattern.top_k(scores), ss.Status.FINISHED)
+
+
+# what keeps the rows of a layer with the first process is said in one line (tested below)
+@pytest.mark.filterwarnings("ignore:layers are solved by the first process alone")
 @pytest.mark.parametrize(
     ("count", "family", "options"),
     [
@@ -59,6 +81,11 @@ def without_seconds(report: PruneReport) -> list[LayerRecord]:
         (2, "mixtral", {"solver": ss.RIA()}),
         (3, "llama", {"offload": True}),
         (2, "bert", {}),
+        (2, "llama", {"solver": RowBySize()}),
+        (2, "llama", {"solver": ss.IteratedLocalSearch(kicks=3), "include": ("*.0.*",)}),
+        (2, "llama", {"solver": ss.Enumeration(), "pattern": "1:4", "include": ("*q_proj",)}),
+        (3, "llama", {"solver": ss.Chain(ss.OneSwap(), ss.Reconstruction())}),
+        (2, "llama", {"solver": ss.Chain(ss.RIA(), ss.Tabu()), "objective": "plain"}),
     ],
     ids=[
         "plain",
@@ -71,6 +98,11 @@ def without_seconds(report: PruneReport) -> list[LayerRecord]:
         "experts",
         "offloaded",
         "encoder",
+        "new-solver",
+        "iterated",
+        "enumeration",
+        "updated-chain",
+        "chain",
     ],
 )
 def test_processes_choose_the_masks_of_one(
@@ -103,6 +135,47 @@ def test_processes_choose_the_masks_of_one(
             assert one.held_out_error == pytest.approx(other.held_out_error, rel=1e-12)
         assert report.perplexity_pruned == alone.perplexity_pruned
         assert report.cosine == alone.cosine
+
+
+# Half of the widest layer's rows: nobody who may share may see more.
+HALF = RowBySize(most=12)
+
+
+@pytest.mark.parametrize(
+    "solver", [HALF, ss.Chain(HALF, HALF), ss.Chain(ss.Wanda(), HALF)], ids=["alone", "chain", "from-score"]
+)
+def test_rows_are_shared_whatever_the_solver(solver: ss.Solver, token_file: Path, tmp_path: Path) -> None:
+    dense = tiny_models.save("llama", tmp_path / "dense")
+    options = {"calibration": token_file, "solver": solver, "include": ("*q_proj", "*gate_proj"), **ARGUMENTS}
+
+    def work(ranks: Ranks) -> PruneReport:
+        return prune(dense, ranks=ranks, **options)
+
+    children = processes.start_ranks(2, work, tmp_path / "results")
+    codes = [processes.wait(child) for child in children]
+    assert codes == [0, 0], processes.results(tmp_path / "results", range(2))
+    with pytest.raises(ss.InputError, match="expected at most 12 rows, found 16"):
+        prune(dense, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"solver": ss.SparseGPT()}, "sparsegpt looks at whole layers"),
+        ({"solver": ss.Chain(ss.OneSwap(), ss.Reconstruction())}, "reconstruction looks at whole layers"),
+        ({"objective": "metric"}, "an output metric couples the rows of a layer"),
+        ({"objective": "held_out=0.25"}, "a held-out stop looks at whole layers"),
+        ({"pattern": "layer:0.5"}, "is one budget for all rows of a layer"),
+        ({}, None),
+        ({"solver": ss.Chain(ss.Greedy(), ss.OneSwap())}, None),
+        ({"solver": ss.RIA()}, None),
+    ],
+)
+def test_one_line_says_who_works_alone(options: dict, reason: str | None) -> None:
+    settings = ss.PruneSettings(**options)
+    pattern = settings.pattern.at(16)
+    found = first_alone(pattern, settings.solver, settings.objective.metric, settings.objective.held_out > 0)
+    assert found is None if reason is None else reason in str(found)
 
 
 class Dying:

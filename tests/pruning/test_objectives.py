@@ -310,9 +310,9 @@ def test_owl_prunes_blocks_with_outliers_less() -> None:
     problem = ss.LayerProblem(outliers, torch.eye(20).double(), ss.SparsityPattern.per_row(20, 0.5))
     assert outlier_share(problem) == pytest.approx(1 / 80)
     with pytest.raises(ss.InputError, match="expected a pattern such as 0"):
-        check_allocation("owl", "2:4")
-    with pytest.raises(ss.InputError, match="expected one of uniform, knapsack, owl"):
-        check_allocation("best", "0.5")
+        check_allocation(Allocation.OWL, ss.PatternRule.parse("2:4"))
+    with pytest.raises(ss.InputError, match="allocation: expected one of uniform, knapsack, owl"):
+        ss.PruneSettings(allocation="best")
 
 
 @pytest.mark.parametrize("rule", list(Allocation))
@@ -338,6 +338,7 @@ def test_knapsack_measures_masks_alone() -> None:
     model = tiny_models.build("llama")
     windows = tiny_models.tokens(256).view(8, 32)
     blocks = find_blocks(model)
+    half = ss.PatternRule.parse("0.5")
     updates: list[str] = []
 
     @dataclass(frozen=True)
@@ -350,7 +351,7 @@ def test_knapsack_measures_masks_alone() -> None:
             return ss.Reconstruction().run(problem, init, budget)
 
     chosen = [
-        allocate(model, blocks, "0.5", windows, Allocation.KNAPSACK, solver)
+        allocate(model, blocks, half, windows, Allocation.KNAPSACK, solver)
         for solver in (ss.OneSwap(), ss.Chain(ss.OneSwap(), Update()), ss.Chain(Update()))
     ]
     assert chosen[0] == chosen[1]
@@ -397,7 +398,7 @@ def test_objectives_that_hold_windows_out(objective: str, tmp_path: Path) -> Non
         objective=objective,
         out=tmp_path / "pruned",
     )
-    assert report.objective == objective
+    assert str(report.settings.objective) == objective
     strengths = {layer.drift for layer in report.layers}
     assert strengths <= {0.25, 0.5, 0.75, 1.0} if "auto" in objective else strengths == {0.0}
     # the windows that are held out are in no Gram matrix

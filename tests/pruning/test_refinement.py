@@ -156,7 +156,7 @@ def test_what_cannot_be_refined(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(tiny_models.text(1000))
     with pytest.raises(ss.InputError, match="expected a pattern of rows or blocks"):
         prune(source, "layer:0.5", calibration=tmp_path / "text.txt", samples=4, length=32, refine=1)
-    with pytest.raises(ss.InputError, match="expected at least 0 passes"):
+    with pytest.raises(ss.InputError, match="refine: expected at least 0, found -1"):
         prune(source, calibration=tmp_path / "text.txt", samples=4, length=32, refine=-1)
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from study_rows import model_runs
+from study_rows import model_runs, with_options
 
 from sparseswaps.reports.sections.factors import FACTORS, factor_figure
 from sparseswaps.reports.sections.objectives import interval, method_name, objective_sections
@@ -25,13 +25,14 @@ def runs():
     found = []
     for (objective, refine, update), values in QUALITY.items():
         for seed, perplexity in enumerate(values):
-            found.append(
-                replace(
-                    model, unit=f"{objective}-{refine}-{update}-{seed}", label="1-swap", mode="sequential",
-                    objective=objective, refine=refine, update=update, seed=seed, perplexity=perplexity,
-                    group="weight update" if update else "local search", error=0.1, seconds=5.0,
-                )
+            run = replace(
+                model, unit=f"{objective}-{refine}-{update}-{seed}", label="1-swap", seed=seed,
+                perplexity=perplexity, group="weight update" if update else "local search", error=0.1,
+                seconds=5.0,
             )  # fmt: skip
+            options = {"mode": "sequential", "objective": objective, "refine": refine, "update": update}
+            changed = [name for name in ("refine", "update") if options[name]]
+            found.append(with_options(run, changed, seed=seed, **options))
     return found
 
 
@@ -82,7 +83,7 @@ def test_changes_are_paired_with_the_same_seeds():
 
 def test_one_seed_is_no_study_of_objectives():
     assert objective_sections([record for record in runs() if record.seed == 0]) == []
-    assert method_name(replace(runs()[0], mode="one-shot")) == "1-swap, one-shot"
+    assert method_name(with_options(runs()[0], mode="one-shot")) == "1-swap, one-shot"
 
 
 def test_figures_hold_the_rows_of_the_table():
@@ -102,7 +103,7 @@ def test_only_numbers_are_strengths_of_the_drift():
         ("drift=0.5,metric", None),
         ("metric", None),
     ):
-        value = drift.value(replace(record, objective=objective))
+        value = drift.value(with_options(record, objective=objective))
         assert value == expected
         assert value is None or drift.order(value) == float(value)
 
@@ -110,8 +111,9 @@ def test_only_numbers_are_strengths_of_the_drift():
 def in_two_sizes():
     """``runs`` with the windows they have and, twice as good, with 512."""
     return [
-        replace(
-            record, unit=f"{record.unit}-{samples}", samples=samples, perplexity=share * record.perplexity
+        with_options(
+            replace(record, unit=f"{record.unit}-{samples}", perplexity=share * record.perplexity),
+            samples=samples,
         )
         for record in runs()
         for samples, share in ((record.samples, 1.0), (512, 0.5))
@@ -150,7 +152,10 @@ def test_a_factor_s_line_is_one_method_and_its_marks_are_means_over_seeds():
 def test_an_allocation_is_not_taken_for_another_strength_of_the_drift():
     factor = next(factor for factor in FACTORS if factor.name == "drift")
     spread = [
-        replace(record, unit=record.unit + "-owl", allocation="owl", perplexity=99.0) for record in runs()
+        with_options(
+            replace(record, unit=record.unit + "-owl", perplexity=99.0), ["allocation"], allocation="owl"
+        )
+        for record in runs()
     ]
     plain = [record for record in spread if record.objective == "plain"]
     figure = factor_figure([*runs(), *plain], factor)

@@ -2,82 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, final
 
 import conformance
 import pytest
 import torch
 
 import sparseswaps as ss
-
-CASES = list(itertools.product(conformance.FAMILIES, conformance.PATTERNS, (False, True)))
-
-
-def raw_error(
-    problem: ss.LayerProblem,
-    mask: torch.Tensor,
-    inputs: torch.Tensor,
-    dense: torch.Tensor,
-    kept: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """‖wᵀX - (m∘ŵ)ᵀX̂‖² of each row, from activations alone; ŵ = w unless ``kept`` weights were updated."""
-    weight = problem.weight.double()
-    new = weight if kept is None else kept.double()
-    return ((weight @ dense - (new * mask) @ inputs) ** 2).sum(1)
+from sparseswaps.testing import (
+    CASES,
+    check_claims,
+    check_objectives,
+    check_repeats,
+    check_rows_alone,
+    check_solver,
+    raw_error,
+    tolerance,
+)
 
 
-def tolerance(
-    problem: ss.LayerProblem, dense: torch.Tensor, kept: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The Gram is summed from float32 products: 1e-6 of the row's output, which is what cancels."""
-    sizes = problem.weight.double().abs()
-    if kept is not None:
-        sizes = torch.maximum(sizes, kept.double().abs())
-    return 1e-6 * ((sizes @ dense.abs()) ** 2).sum(1) + 1e-30
-
-
-def all_masks(pattern: ss.SparsityPattern, cols: int) -> torch.Tensor:
-    """Every mask of a row (masks, cols), by brute force."""
-    blocks = []
-    for choice in itertools.combinations(range(pattern.block), pattern.keep):
-        block = torch.zeros(pattern.block, dtype=torch.bool)
-        block[list(choice)] = True
-        blocks.append(block)
-    return torch.stack([torch.cat(each) for each in itertools.product(blocks, repeat=cols // pattern.block)])
-
-
+@pytest.mark.parametrize("check", [check_objectives, check_claims, check_repeats, check_rows_alone])
 @pytest.mark.parametrize("solver", conformance.SOLVERS, ids=repr)
-def test_contract(solver: ss.Solver) -> None:
-    for family, pattern, drift in CASES:
-        problem, inputs, dense = conformance.with_raw(family, pattern, drift)
-        solution = ss.solve(problem, solver)
-        label = f"{solver} on {problem.name}"
-        kept = solution.mask.view(problem.rows, -1, problem.pattern.block).sum(-1)
-        assert bool((kept == problem.pattern.keep).all()), label
-        raw = raw_error(problem, solution.mask, inputs, dense, solution.weight)
-        slack = tolerance(problem, dense, solution.weight)
-        assert (solution.weight is not None) == (solver.group is ss.Group.WEIGHT_UPDATE), label
-        if solution.weight is not None:
-            assert solution.weight.dtype == problem.weight.dtype, label
-            assert not bool(solution.weight[~solution.mask].any()), label
-        assert bool(((solution.row_objectives - raw).abs() <= slack).all()), label
-        assert bool((solution.row_bounds <= solution.row_objectives).all()), label
-        assert solution.solver == repr(solver)
-        if solver.group is ss.Group.EXACT and solution.status is ss.Status.FINISHED:
-            masks = all_masks(problem.pattern, problem.cols)
-            for row in range(problem.rows):
-                weight = problem.weight[row].double()
-                best = ((weight @ dense - (masks * weight) @ inputs) ** 2).sum(1).min()
-                assert abs(float(solution.row_objectives[row] - best)) <= float(slack[row]), label
-
-
-@pytest.mark.parametrize("solver", conformance.SOLVERS, ids=repr)
-def test_same_result_twice(solver: ss.Solver) -> None:
-    problem = conformance.problem("correlated", "0.5", drift=True)
-    first, second = ss.solve(problem, solver), ss.solve(problem, solver)
-    assert torch.equal(first.mask, second.mask)
-    if first.weight is not None:
-        assert torch.equal(first.weight, second.weight)
+def test_contract(solver: ss.Solver, check: Callable[[ss.Solver], None]) -> None:
+    check(solver)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +42,7 @@ def test_local_search_is_never_worse_than_its_start(solver: ss.Solver) -> None:
         solution = ss.solve(problem, solver, init=start)
         # float64 rounding of a row's output is all that may be lost
         slack = 1e-12 * problem.output_norms()
-        if not isinstance(solver, ss.Chain):  # a sequence starts from its own first member
+        if not isinstance(solver, ss.Chain):  # a chain starts from its own first member
             assert bool((solution.row_objectives <= start.row_objectives + slack).all()), problem.name
 
 
@@ -167,14 +116,14 @@ def test_max_swaps_is_honest() -> None:
     assert solution.status is ss.Status.LOCAL_OPTIMUM
 
 
-def test_sequence_starts_each_member_from_the_one_before() -> None:
+def test_chain_starts_each_member_from_the_one_before() -> None:
     problem = conformance.problem("correlated", "0.5")
     chained = ss.solve(problem, ss.Chain(ss.Magnitude(), ss.OneSwap()))
     by_hand = ss.solve(problem, ss.OneSwap(), init=ss.solve(problem, ss.Magnitude()))
     assert torch.equal(chained.mask, by_hand.mask)
 
 
-def test_sequence_changes_weights_only_if_its_last_member_does() -> None:
+def test_chain_changes_weights_only_if_its_last_member_does() -> None:
     problem = conformance.problem("correlated", "0.5")
     swapped = ss.solve(problem, ss.OneSwap())
     chain = ss.Chain(ss.OneSwap(), ss.Reconstruction())
@@ -189,7 +138,7 @@ def test_sequence_changes_weights_only_if_its_last_member_does() -> None:
     assert ss.Chain(ss.Reconstruction(), ss.Wanda()).group is ss.Group.SCORE
 
 
-def test_sequence_under_an_output_metric() -> None:
+def test_chain_under_an_output_metric() -> None:
     plain = ss.synthetic_layer("correlated", 6, 16, "0.5")
     gradients = torch.randn((20, 6), generator=torch.Generator().manual_seed(0))
     gradients[:, 1:] += gradients[:, :1]
@@ -201,7 +150,7 @@ def test_sequence_under_an_output_metric() -> None:
     by_hand = ss.solve(problem, ss.Reconstruction(), init=swept)
     assert torch.equal(chained.weight, by_hand.weight)
     assert chained.objective == by_hand.objective < swept.objective
-    assert not ss.Chain(ss.OneSwap(), ss.BranchAndBound()).metric
+    assert not ss.Chain(ss.OneSwap(), ss.BranchAndBound()).covers.metric
 
 
 def test_best_of_scores_updated_weights() -> None:
@@ -224,3 +173,26 @@ def test_best_of_takes_the_best_of_each_row() -> None:
     best = ss.solve(problem, ss.BestOf(*members)).row_objectives
     each = torch.stack([ss.solve(problem, m).row_objectives for m in members])
     assert torch.equal(best, each.amin(0))
+
+
+@final
+@dataclass(frozen=True)
+class ByNeighbours(ss.Solver):
+    """Looks at all rows and does not say so: keeps what the rows before a row did not."""
+
+    name: ClassVar[str] = "by-neighbours"
+    group: ClassVar[ss.Group] = ss.Group.SCORE
+    covers: ClassVar[ss.Covers] = ss.Covers()
+
+    def run(self, problem: ss.LayerProblem, init: torch.Tensor | None, budget: ss.Budget) -> ss.Outcome:
+        return ss.Outcome(problem.pattern.top_k(problem.weight.cumsum(0)), ss.Status.FINISHED)
+
+
+def test_the_contract_finds_rows_that_do_not_stand_alone() -> None:
+    with pytest.raises(AssertionError, match=r"ByNeighbours\(\) on .*: expected rows slice\(1, 4"):
+        check_solver(ByNeighbours())
+
+
+def test_capabilities_that_are_not_in_covers_are_refused() -> None:
+    with pytest.raises(TypeError, match="solver Old: expected layer_budget as part of covers"):
+        type("Old", (ss.Solver,), {"layer_budget": True})

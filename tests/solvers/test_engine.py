@@ -11,8 +11,10 @@ from swap_oracle import errors_by_definition, smallest_change
 
 import sparseswaps as ss
 from sparseswaps.problems.synthetic import FAMILIES
-from sparseswaps.solvers import kernels, local_search
+from sparseswaps.solvers import kernels
 from sparseswaps.solvers.kernels import reference
+from sparseswaps.solvers.kernels.interface import DescentOptions
+from sparseswaps.solvers.search import local_search
 
 SEARCHES = ("lazy", "best")
 # what float64 itself loses of the pruned weights' own size when their sum nearly cancels
@@ -89,16 +91,8 @@ def test_wide_rows_match_the_reference(family: str, search: str) -> None:
     solution = ss.solve(problem, ss.OneSwap(search=search))
     assert_optimal(problem, solution.mask, start.row_objectives)
     scaled = local_search.scaled_rows(problem, start.mask, slice(0, 3))
-    wide = reference.descend(
-        problem.gram.correlation64,
-        scaled.weight,
-        scaled.drift,
-        scaled.constant,
-        start.mask,
-        problem.pattern.block,
-        1e-6,
-        search=search,
-    )
+    layer = local_search.at_scale(problem, scaled, problem.gram.correlation64)
+    wide = reference.descend(layer, start.mask, DescentOptions(1e-6, search=search))
     # ties within the tolerance may be broken otherwise, which hardly moves the error
     assert problem.objective(wide.mask) == pytest.approx(solution.objective, abs=2e-3 * start.objective)
     if family in ("correlated", "weakly-correlated"):
@@ -116,21 +110,10 @@ def test_kernels_equal_the_reference(search: str, pattern: str, drift: bool) -> 
             problem = with_drift(problem, 0.4)
         mask = ss.solve(problem, ss.Wanda()).mask
         scaled = local_search.scaled_rows(problem, mask, slice(0, 6))
+        layer = local_search.at_scale(problem, scaled, problem.gram.correlation64)
         for max_swaps in (0, 3, None):
-            results = [
-                module.descend(
-                    problem.gram.correlation64,
-                    scaled.weight,
-                    scaled.drift,
-                    scaled.constant,
-                    mask,
-                    problem.pattern.block,
-                    1e-6,
-                    max_swaps,
-                    search,
-                )
-                for module in (reference, cpu)
-            ]
+            options = DescentOptions(1e-6, max_swaps, search)
+            results = [module.descend(layer, mask, options) for module in (reference, cpu)]
             for name, ours, theirs in zip(results[0]._fields, *results, strict=True):
                 torch.testing.assert_close(ours, theirs, msg=f"{family} {name} after {max_swaps}")
 

@@ -131,9 +131,11 @@ def test_time_limit_and_unsupported_solvers() -> None:
     stopped = ss.solve(problem, ss.OneSwap(), budget=ss.Budget(seconds=0.0))
     assert stopped.status is ss.Status.TIME_LIMIT
     assert torch.equal(stopped.mask, ss.solve(problem, ss.Wanda()).mask)
-    for solver in (ss.Tabu(), ss.Greedy(), ss.Enumeration(), ss.BestOf(ss.Wanda())):
+    for solver in (ss.Tabu(), ss.Greedy(), ss.Enumeration(), ss.BestOf(ss.Wanda(), ss.Tabu())):
         with pytest.raises(Exception, match="budget of a whole layer"):
             ss.solve(problem, solver)
+    best = ss.solve(problem, ss.BestOf(ss.Wanda(), ss.OneSwap()))
+    assert best.objective == ss.solve(problem, ss.OneSwap()).objective
     with pytest.raises(Exception, match="expected no limit of swaps"):
         ss.solve(problem, ss.OneSwap(max_swaps=3))
     assert ss.solve(problem, ss.Chain(ss.Magnitude(), ss.OneSwap())).status is ss.Status.LOCAL_OPTIMUM

@@ -9,8 +9,10 @@ from swap_oracle import smallest_change
 
 import sparseswaps as ss
 from sparseswaps.problems.synthetic import FAMILIES
-from sparseswaps.solvers import kernels, local_search
+from sparseswaps.solvers import kernels
 from sparseswaps.solvers.kernels import reference
+from sparseswaps.solvers.kernels.interface import DescentOptions
+from sparseswaps.solvers.search import local_search
 
 
 def greedy_by_definition(weight, gram, linear, mask, block, keep):
@@ -112,20 +114,9 @@ def test_tabu_equals_the_reference(pattern: str) -> None:
         problem = ss.synthetic_layer(family, 5, 88, pattern, seed=11)
         mask = ss.solve(problem, ss.Wanda()).mask
         scaled = local_search.scaled_rows(problem, mask, slice(0, 5))
-        results = [
-            module.descend(
-                problem.gram.correlation64,
-                scaled.weight,
-                scaled.drift,
-                scaled.constant,
-                mask,
-                problem.pattern.block,
-                1e-6,
-                patience=60,
-                tenure=7,
-            )
-            for module in (reference, cpu)
-        ]
+        part = local_search.at_scale(problem, scaled, problem.gram.correlation64)
+        options = DescentOptions(1e-6, patience=60, tenure=7)
+        results = [module.descend(part, mask, options) for module in (reference, cpu)]
         for name, ours, theirs in zip(results[0]._fields, *results, strict=True):
             torch.testing.assert_close(ours, theirs, msg=f"{family} {name}")
 

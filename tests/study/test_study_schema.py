@@ -128,14 +128,14 @@ MODEL = {
 def test_models_combine_modes_and_drift_where_they_go_together():
     study = parse_study({**SMALL, "model": [{**MODEL, "solvers": ["Wanda"]}]})
     runs = {
-        (unit.spec["mode"], unit.spec["objective"])
+        (unit.spec["settings"]["mode"], unit.spec["settings"]["objective"])
         for unit in plan_units(study)
         if unit.spec["kind"] == "model"
     }
     assert runs == {("one-shot", "plain"), ("sequential", "plain"), ("sequential", "drift=0.5")}
     for key, value, message in [
         ("mode", "both", "key model[0].mode: expected one of one-shot, sequential"),
-        ("objective", "drift=1.5", "key model[0].objective: expected objectives"),
+        ("objective", "drift=1.5", "key model[0].objective: drift strength is a share: expected 0 to 1"),
     ]:
         with pytest.raises(InputError) as error:
             parse_study({**SMALL, "model": [{**MODEL, key: value}]})
