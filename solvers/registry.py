@@ -1,4 +1,7 @@
-"""The names under which the command line knows the solvers."""
+"""The solvers by name, as texts of runs, studies and the command line have them.
+
+A solver is here, and in ``sparseswaps`` and ``sparseswaps.solvers``, by its one line of import.
+"""
 
 from __future__ import annotations
 
@@ -8,57 +11,53 @@ import types
 import typing
 
 from ..errors import InputError
-from .base import Solver
-from .bounds import CorrEigenvalue, Dnn, Naive, Qcr, RowSplit, Sdp, SharedSplit
+from .base import Group, Solver
+from .bounds import CorrEigenvalue as CorrEigenvalue
+from .bounds import Dnn as Dnn
+from .bounds import Naive as Naive
+from .bounds import Qcr as Qcr
+from .bounds import RowSplit as RowSplit
+from .bounds import Sdp as Sdp
+from .bounds import SharedSplit as SharedSplit
 from .compose import Chain
-from .exact.branch_and_bound import BranchAndBound
-from .exact.enumeration import Enumeration
-from .exact.gurobi import Gurobi
-from .exact.highs import HiGHS
-from .exact.scip import SCIP
-from .scores import RIA, Magnitude, Random, Wanda
-from .search.additive_swap import AdditiveSwap
-from .search.dsnot import DSnoT
-from .search.greedy import Greedy
-from .search.iterated_local_search import IteratedLocalSearch
-from .search.one_swap import OneSwap
-from .search.tabu import Tabu
-from .updates.admm import ADMM
-from .updates.alternating_reconstruction import AlternatingReconstruction
-from .updates.reconstruction import Reconstruction
-from .updates.sparsegpt import SparseGPT
+from .exact.branch_and_bound import BranchAndBound as BranchAndBound
+from .exact.enumeration import Enumeration as Enumeration
+from .exact.gurobi import Gurobi as Gurobi
+from .exact.highs import HiGHS as HiGHS
+from .exact.scip import SCIP as SCIP
+from .scores import RIA as RIA
+from .scores import Magnitude as Magnitude
+from .scores import Random as Random
+from .scores import Wanda as Wanda
+from .search.additive_swap import AdditiveSwap as AdditiveSwap
+from .search.dsnot import DSnoT as DSnoT
+from .search.greedy import Greedy as Greedy
+from .search.iterated_local_search import IteratedLocalSearch as IteratedLocalSearch
+from .search.one_swap import OneSwap as OneSwap
+from .search.tabu import Tabu as Tabu
+from .updates.admm import ADMM as ADMM
+from .updates.alternating_reconstruction import AlternatingReconstruction as AlternatingReconstruction
+from .updates.reconstruction import Reconstruction as Reconstruction
+from .updates.sparsegpt import SparseGPT as SparseGPT
 
-SOLVERS: dict[str, type[Solver]] = {
-    solver.name: solver
-    for solver in (
-        Random,
-        Magnitude,
-        Wanda,
-        RIA,
-        DSnoT,
-        OneSwap,
-        AdditiveSwap,
-        Greedy,
-        Tabu,
-        IteratedLocalSearch,
-        Enumeration,
-        BranchAndBound,
-        SCIP,
-        HiGHS,
-        Gurobi,
-        SparseGPT,
-        ADMM,
-        Reconstruction,
-        AlternatingReconstruction,
-        CorrEigenvalue,
-        Naive,
-        SharedSplit,
-        RowSplit,
-        Qcr,
-        Dnn,
-        Sdp,
-    )
-}
+_GROUPS = (Group.SCORE, Group.LOCAL_SEARCH, Group.EXACT, Group.WEIGHT_UPDATE, Group.BOUND)
+
+
+def _registered() -> dict[str, type[Solver]]:
+    """Every solver that this module imports under its own name, by group, then by name."""
+    kinds = [
+        kind
+        for name, kind in globals().items()
+        if isinstance(kind, type)
+        and issubclass(kind, Solver)
+        and kind not in (Solver, Chain)
+        and name[0] != "_"
+    ]
+    kinds.sort(key=lambda kind: (_GROUPS.index(kind().group), kind.name))
+    return {kind.name: kind for kind in kinds}
+
+
+SOLVERS = _registered()
 
 
 def solver_class(name: str) -> type[Solver]:

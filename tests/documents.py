@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import tomllib
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +15,11 @@ import pytest
 import tiny_models
 import torch
 
+import sparseswaps as ss
 import sparseswaps.cli
+from sparseswaps.cli.app import COMMANDS, load
+from sparseswaps.cli.options import option_parameters, read_options
+from sparseswaps.solvers.registry import parse_solver
 
 ROOT = Path(__file__).resolve().parents[1]
 # what the small model and texts of the tests are called in documents
@@ -91,3 +97,59 @@ def run_document(
             Path("mine.toml").write_text(content)
             ran += 1
     return ran
+
+
+def try_inline_code(text: str) -> int:
+    """Read every flag, option value, solver and objective that running text names; returns how many.
+
+    Raises:
+        AssertionError: for a flag that no command has.
+        InputError: for a value that its option refuses.
+    """
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    tried = 0
+    for code in re.findall(r"`([^`\n]+)`", prose):
+        if "--" in code and not code.startswith(("pip ", "python ", "make ")):
+            words = shlex.split(code)
+            for word, following in zip(words, [*words[1:], ""], strict=True):
+                if word.startswith("--") and word != "--help":
+                    flag, _, value = word.partition("=")
+                    _try_flag(flag, value or ("" if following.startswith("--") else following))
+                    tried += 1
+        elif match := re.fullmatch(r"(\w+) = (.+)", code):
+            if match[1] in SETTINGS:
+                values = tomllib.loads(code)[match[1]]
+                for value in values if isinstance(values, list) else [values]:
+                    ss.PruneSettings(**{match[1]: value})
+                tried += 1
+        elif re.fullmatch(r"[a-z][a-z-]+(:[\w=.,]+|\+[a-z:=+.-]+)", code) and "." not in code.split(":")[0]:
+            if not code.startswith("layer:"):
+                parse_solver(code)
+            else:
+                ss.PatternRule.parse(code)
+            tried += 1
+    return tried
+
+
+SETTINGS = {field.name for field in fields(ss.PruneSettings)}
+
+
+def _try_flag(flag: str, value: str) -> None:
+    """Some command has the flag; ``prune``'s options read the value, others' commands convert it."""
+    owners = {}
+    for name in COMMANDS:
+        command = load(name)
+        for parameter in command.params:
+            if flag in parameter.opts:
+                owners[name] = (command, parameter)
+    assert owners, f"no command has {flag}"
+    if not value or not re.fullmatch(r"[\w.:=,+%*-]+", value):
+        return
+    options = {each.name for each in option_parameters()}
+    for name, (command, parameter) in owners.items():
+        if parameter.is_flag or (name != "prune" and "prune" in owners):
+            continue
+        context = command.make_context(name, [], resilient_parsing=True)
+        read = parameter.process_value(context, [value] if parameter.multiple else value)
+        if parameter.name in options:
+            read_options({parameter.name: read}, None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,17 +83,42 @@ def hash_of(masks: Mapping[str, np.ndarray]) -> str:
 
 
 def main() -> None:
-    """Print the hashes of all options, with one thread and one process."""
-    import tempfile
-
+    """Print the hashes of all options, one thread and one process; ``--all``: in every way of running."""
     torch.set_num_threads(1)
+    ways: list[tuple[int, bool]] = [(1, False)]
+    if "--all" in sys.argv:
+        ways += [(1, True), (2, False), (2, True)]
     found: dict[str, Any] = {"machine": fingerprint(), "options": {}}
     with tempfile.TemporaryDirectory() as folder:
         tokens = token_file(Path(folder))
-        for name in OPTIONS:
-            found["options"][name] = run(name, tokens, Path(folder) / name.replace(":", "-"), device="cpu")
-    json.dump(found, sys.stdout, indent=1)
-    print()  # noqa: T201  (a script)
+        for number, (count, offload) in enumerate(ways):
+            for name in OPTIONS:
+                if offload and name in IN_MEMORY_ONLY:
+                    continue
+                out = Path(folder) / f"{number}" / name.replace(":", "-")
+                result = _run_in(count, name, tokens, out, offload)
+                same = found["options"].setdefault(name, result)["hash"] == result["hash"]
+                sys.stderr.write(
+                    f"{name}, {count} processes, offload {offload}: {'same' if same else 'DIFFERS'}\n"
+                )
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+
+
+def _run_in(count: int, name: str, tokens: Path, out: Path, offload: bool) -> dict[str, Any]:
+    """``run`` in so many processes; what the first one found."""
+    machine = {"device": "cpu", "offload": offload}
+    if count == 1:
+        return run(name, tokens, out, **machine)
+    import processes
+
+    results = out.parent / f"{out.name}-results"
+    children = processes.start_ranks(
+        count, lambda ranks: run(name, tokens, out, ranks=ranks, **machine), results, 600
+    )
+    codes = [processes.wait(child, 600) for child in children]
+    if any(codes):
+        raise SystemExit(f"{name}: {processes.results(results, range(count))}")
+    return dict(processes.results(results, [0])[0])
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from types import ModuleType
 
 import documents
 import pytest
+import typer
+
+import sparseswaps as ss
 
 DOCS = documents.ROOT / "docs"
 # the task files of a reader of the engineer's guide
@@ -148,3 +151,19 @@ def test_the_site_builds_without_warnings_and_loads_nothing_from_elsewhere(tmp_p
     reference = (tmp_path / "site" / "reference" / "solvers" / "index.html").read_text(encoding="utf-8")
     for name in ("OneSwap", "AdditiveSwap", "BranchAndBound", "max_swaps"):
         assert name in reference
+
+
+TEXTS = [documents.ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((DOCS / "guides").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.stem)
+def test_flags_and_values_that_documents_name_are_accepted(page: Path) -> None:
+    """Not only in blocks of commands: every flag, its value, and text of a solver in running text too."""
+    tried = documents.try_inline_code(page.read_text(encoding="utf-8"))
+    assert tried or page.stem in ("index", "scaling", "optimisation"), page
+
+
+def test_inline_code_that_is_wrong_is_found() -> None:
+    for text in ("`--drift automatic`", "`--no-such-flag`", "`one-swap:swaps=3`", '`objective = "drfit=1"`'):
+        with pytest.raises((AssertionError, ss.InputError, typer.BadParameter)):
+            documents.try_inline_code(f"Use {text} for this.")

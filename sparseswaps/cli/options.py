@@ -140,7 +140,8 @@ def read_options(given: Mapping[str, Any], settings_file: Path | None) -> tuple[
     Raises:
         InputError: for a value that cannot be used.
     """
-    values = {name: value for name, value in given.items() if value not in (None, False, [], ())}
+    values = {name: value for name, value in given.items() if value is not None and value is not False}
+    values = {name: value for name, value in values.items() if value not in ([], ())}
     for flag in _former_flags():
         if flag.parameter in values:
             value = values.pop(flag.parameter)

@@ -15,7 +15,7 @@ from ..problems import LayerProblem, load_instance
 from ..solvers import Budget, Solution
 from ..solvers import bound as lower_bound
 from ..solvers import solve as run_solver
-from ..solvers.bounds import TIERS
+from ..solvers.bounding import TIERS
 from ..solvers.registry import parse_solver
 from .output import console, key_values, print_json, progress_bars
 
@@ -68,7 +68,7 @@ def solve(
 def bound(
     instance: Annotated[Path, typer.Argument(help="Instance file, from the command extract.")],
     tier: Annotated[
-        str, typer.Option(help=f"auto, or {', '.join(TIERS)}: from the cheapest to the dearest.")
+        str, typer.Option(help=f"auto, or {', '.join(TIERS)}; with options as in `shared-split:steps=60`.")
     ] = "auto",
     solver: Annotated[str, typer.Option(help="Its mask is compared with the bound.")] = "one-swap",
     rows: Annotated[str | None, typer.Option(help="Only these rows, FIRST:END.")] = None,

@@ -121,9 +121,9 @@ def _settings_of(
         if "pattern" in ours:
             raise InputError(f"pattern: expected it once, found {settings!r} and {ours['pattern']!r}")
         ours["pattern"], settings = settings, None
-    for name, standard in (("solver", "solver"), ("start", "start"), ("objective", "objective")):
-        if name in ours and ours[name] is None:  # None says: what is usual
-            ours[name] = getattr(PruneSettings(), standard)
+    for name in ("solver", "start", "objective"):  # None says: what is usual
+        if name in ours and ours[name] is None:
+            del ours[name]
     settings = PruneSettings(**ours) if settings is None else replace(settings, **ours)
     return settings, replace(machine, **machines)
 

@@ -291,6 +291,8 @@ def _gigabytes(value: Any) -> float:
 class Machine(_Options):
     """Where a run computes and what it may use there, which must not change its masks.
 
+    The kind of device and the dtype, whose rounding decides ties, are recorded and compared on resume.
+
     Raises:
         InputError: for a value that cannot be used, naming the option.
     """

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from ..problems import LayerProblem
 from ..records.study import LayerBoundRecord
-from ..solvers import Budget, Solution, bound
-from ..solvers.bounds import TIERS
+from ..solvers import Budget, RowSplit, Solution, bound
+from ..solvers.bounding import AUTO, tier_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class BoundedLayers:
 
     def __call__(self, problem: LayerProblem, solution: Solution) -> None:
         """Bound one layer."""
-        covered = next(iter(TIERS.values()))().covers
+        covered = (RowSplit() if self.tier == AUTO else tier_of(self.tier)).covers
         if problem.metric is not None and not covered.metric:
             return
         if solution.weight is not None or problem.pattern.couples not in covered.couplings:

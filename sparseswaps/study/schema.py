@@ -46,12 +46,9 @@ from ..problems.pattern import PatternRule
 from ..problems.synthetic import FAMILIES
 from ..pruning.settings import Machine, PruneSettings
 from ..solvers import Chain, Solver
-from ..solvers.bounds import TIERS
+from ..solvers.bounding import AUTO, tier_of
 from ..solvers.registry import parse_solver
 from .checked_table import REQUIRED, CheckedTable
-
-# What a layer can be bounded with.
-BOUNDS = ("auto", *TIERS)
 
 
 @dataclass(frozen=True)
@@ -318,8 +315,11 @@ def _model_set(table: CheckedTable, labels: Sequence[str]) -> ModelSet:
         bound=table.text("bound", ""),
         bound_seconds=table.number("bound_seconds", 0.0),
     )
-    if found.bound and found.bound not in BOUNDS:
-        table.wrong("bound", f"one of {', '.join(BOUNDS)}", repr(found.bound))
+    if found.bound not in ("", AUTO):
+        try:
+            tier_of(found.bound)
+        except InputError as error:
+            table.refuse("bound", error)
     if found.bound_seconds and not found.bound:
         table.wrong("bound_seconds", "bound, the tier that the time is for", "none")
     for name in ELSEWHERE:

@@ -56,6 +56,13 @@ def test_objectives(words: str, objective: str) -> None:
     assert str(settings_of(*words.split()).objective) == objective
 
 
+def test_zero_is_a_value_that_was_given(tmp_path: Path) -> None:
+    assert settings_of("--min-expert-tokens", "0").min_expert_tokens == 0
+    (tmp_path / "settings.toml").write_text("seed = 5\nrefine = 2\n")
+    found = settings_of("--settings", str(tmp_path / "settings.toml"), "--seed", "0", "--refine", "0")
+    assert (found.seed, found.refine) == (0, 0)
+
+
 def test_every_field_is_a_flag_of_its_own_name() -> None:
     flags = {opt for parameter in load("prune").params for opt in parameter.opts}
     for kind in (ss.PruneSettings, ss.Objective, ss.Machine):

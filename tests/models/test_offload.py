@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sparseswaps as ss
-from sparseswaps import loading, memory, offload
 from sparseswaps.evaluation.quality import model_embeddings, model_perplexity
 from sparseswaps.masks.file import apply_masks, load_masks, verify_model
 from sparseswaps.masks.saving import save_model
+from sparseswaps.models import loading, offload
 from sparseswaps.models.blocks import find_blocks
 from sparseswaps.models.loading import LoadedModel, load_model
+from sparseswaps.pruning import memory
 from sparseswaps.pruning.report import PruneReport
 from sparseswaps.pruning.run import prune
 from sparseswaps.records.run import LayerRecord
@@ -203,7 +204,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
         loads.append(kwargs)
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sys.modules["sparseswaps.run"], "load_model", counted)
+    monkeypatch.setattr(sys.modules["sparseswaps.pruning.inputs"], "load_model", counted)
     monkeypatch.setattr(memory, "available_memory", lambda: sum(sizes) // 2)
     with pytest.raises(ss.InputError, match=r"for the model, .* and so does offloading"):
         pruned(dense, tokens, tmp_path / "out")

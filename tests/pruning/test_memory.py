@@ -10,11 +10,11 @@ import tiny_models
 import torch
 
 import sparseswaps as ss
-from sparseswaps import memory
 from sparseswaps.calibration.store import TensorStore
 from sparseswaps.machine import available_memory
 from sparseswaps.masks.file import load_masks
 from sparseswaps.models.blocks import find_blocks
+from sparseswaps.pruning import memory
 from sparseswaps.pruning.memory import Estimate, estimate, require_memory
 from sparseswaps.pruning.run import prune
 
@@ -119,5 +119,5 @@ def test_masks_with_activations_in_files_are_the_same(tmp_path: Path) -> None:
         )
     one, other = load_masks(tmp_path / "memory"), load_masks(tmp_path / "files")
     assert all(torch.equal(mask, other.masks[name]) for name, mask in one.masks.items())
-    with pytest.raises(ss.InputError, match="activation limit"):
+    with pytest.raises(ss.InputError, match="activation_limit: GB: expected at least 0"):
         prune(dense, calibration=tmp_path / "tokens.npy", samples=8, length=32, activation_limit=-1)

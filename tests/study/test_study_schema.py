@@ -151,7 +151,7 @@ def test_bounds_of_whole_models_are_asked_for_by_tier():
     # a run with bounds is another unit; runs without are the units that they always were
     assert not {unit.unit for unit in models} & plain
     for key, value, message in [
-        ("bound", "best", "key model[0].bound: expected one of auto, corr-eigenvalue"),
+        ("bound", "best", "key model[0].bound: unknown bound: expected auto or one of corr-eigenvalue"),
         ("bound_seconds", 20, "key model[0].bound_seconds: expected bound, the tier"),
     ]:
         with pytest.raises(InputError) as error:

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...errors import InputError
-from ...problems.layer import LayerProblem
-from ..base import Budget, Solution, Solver, Status, relative_gap, solve
-from .corr_eigenvalue import CorrEigenvalue
-from .dnn import Dnn
-from .naive import Naive
-from .qcr import Qcr
-from .row_split import RowSplit
-from .sdp import Sdp
-from .shared_split import SharedSplit
+from ..errors import InputError
+from ..problems.layer import LayerProblem
+from .base import Budget, Group, Solution, Solver, Status, relative_gap, solve
+from .bounds import Dnn, Qcr, RowSplit, SharedSplit
+from .registry import SOLVERS, parse_solver
 
-TIERS: dict[str, Callable[[], Solver]] = {
-    "corr-eigenvalue": CorrEigenvalue,
-    "naive": Naive,
-    "shared-split": SharedSplit,
-    "row-split": RowSplit,
-    "qcr": Qcr,
-    "dnn": Dnn,
-    "sdp": Sdp,
-}
+# Names of the tiers.
+TIERS = tuple(name for name, kind in SOLVERS.items() if kind().group is Group.BOUND)
+AUTO = "auto"
 # Widest rows for which a tier takes seconds per row (dnn) and about one second (qcr) on one core.
 DNN_COLS = 256
 QCR_COLS = 640
@@ -71,7 +59,7 @@ class LayerBound:
 
 def bound(
     problem: LayerProblem,
-    tier: str = "auto",
+    tier: Solver | str = AUTO,
     budget: Budget | None = None,
     init: Tensor | Solution | None = None,
 ) -> LayerBound:
@@ -79,9 +67,10 @@ def bound(
 
     Args:
         problem: the layer, with any pattern, with or without drift.
-        tier: one of ``TIERS``, or ``auto``: rows of at most 256 weights by ``dnn``, of at most 640 by
-            ``row-split`` and ``qcr``, whichever is higher, wider ones by ``row-split``; with a time limit
-            ``shared-split`` comes before ``dnn`` and rows that it does not reach keep that bound.
+        tier: a solver of the group *bound* or its text, such as ``shared-split:steps=60``, or ``auto``: rows
+            of at most 256 weights by ``dnn``, of at most 640 by ``row-split`` and ``qcr``, whichever is
+            higher, wider ones by ``row-split``; with a time limit ``shared-split`` comes before ``dnn`` and
+            rows that it does not reach keep that bound.
         budget: limits; the bounds hold whenever they stop it.
         init: a good mask; it only sets the scale of the row programs.
 
@@ -91,33 +80,45 @@ def bound(
     """
     budget = budget or Budget()
     began = time.monotonic()
-    if tier == "auto":
+    if tier == AUTO:
         tiers, status, bounds = _auto(problem, budget, init)
-    elif tier in TIERS:
-        solution = solve(problem, TIERS[tier](), init, budget)
-        tiers, status, bounds = tier, solution.status, solution.row_bounds
     else:
-        raise InputError(f"unknown bound: expected auto or one of {', '.join(TIERS)}, found {tier!r}")
+        solver = tier_of(tier)
+        solution = solve(problem, solver, init, budget)
+        tiers, status, bounds = solver.name, solution.status, solution.row_bounds
     return LayerBound(tiers, bounds, status, time.monotonic() - began)
+
+
+def tier_of(tier: Solver | str) -> Solver:
+    """The solver that is meant.
+
+    Raises:
+        InputError: if it is none of the group *bound*.
+    """
+    known = not isinstance(tier, str) or tier.partition(":")[0] in SOLVERS
+    solver = parse_solver(tier) if isinstance(tier, str) and known else tier
+    if isinstance(solver, str) or solver.group is not Group.BOUND:
+        raise InputError(f"unknown bound: expected {AUTO} or one of {', '.join(TIERS)}, found {tier!r}")
+    return solver
 
 
 def _auto(
     problem: LayerProblem, budget: Budget, init: Tensor | Solution | None
 ) -> tuple[str, Status, Tensor]:
-    rows = None
+    rows: Solver | None = None
     if problem.cols <= QCR_COLS and not Dnn().missing():
-        rows = "dnn" if problem.cols <= DNN_COLS else "qcr"
-    if budget.seconds is None and rows == "dnn":
-        solution = solve(problem, TIERS[rows](), init, budget)
-        return rows, solution.status, solution.row_bounds
+        rows = Dnn() if problem.cols <= DNN_COLS else Qcr()
+    if budget.seconds is None and isinstance(rows, Dnn):
+        solution = solve(problem, rows, init, budget)
+        return rows.name, solution.status, solution.row_bounds
     deadline = budget.deadline()
     share = 1.0 if rows is None else LAYER_SHARE
     first = None if budget.seconds is None else share * budget.seconds
-    layer = "shared-split" if rows == "dnn" else "row-split"
-    solution = solve(problem, TIERS[layer](), init, Budget(first, budget.progress if rows is None else None))
+    layer = SharedSplit() if isinstance(rows, Dnn) else RowSplit()
+    solution = solve(problem, layer, init, Budget(first, budget.progress if rows is None else None))
     if rows is None:
-        return layer, solution.status, solution.row_bounds
+        return layer.name, solution.status, solution.row_bounds
     bounds = solution.row_bounds
     rest = None if budget.seconds is None else max(0.0, deadline - time.monotonic())
-    solution = solve(problem, TIERS[rows](), init, Budget(rest, budget.progress))
-    return f"{layer}, {rows}", solution.status, torch.maximum(bounds, solution.row_bounds)
+    solution = solve(problem, rows, init, Budget(rest, budget.progress))
+    return f"{layer.name}, {rows.name}", solution.status, torch.maximum(bounds, solution.row_bounds)
