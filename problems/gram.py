@@ -90,7 +90,7 @@ class Gram:
     def correlation64(self) -> Tensor:
         """``R`` in float64, computed anew at each call (for the rows that float32 cannot resolve)."""
         inverse = torch.where(self.dead, 0.0, 1 / torch.where(self.dead, 1.0, self.scale))
-        correlation = self.matrix * inverse[:, None] * inverse[None, :]
+        correlation = (self.matrix * inverse[:, None]).mul_(inverse[None, :])
         correlation.diagonal().copy_(torch.where(self.dead, 0.0, 1.0))
         return correlation
 
@@ -417,4 +417,4 @@ class _InRange:
 def _mirrored(upper: Tensor) -> Tensor:
     """The symmetric matrix with the upper triangle of ``upper`` (size, size)."""
     upper = upper.triu()
-    return upper + upper.triu(1).T
+    return upper.add_(upper.triu(1).T)

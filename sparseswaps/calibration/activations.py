@@ -9,7 +9,7 @@ computes around its blocks are the model's own business; no block is ever called
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import InvalidModelError
-from ..models.blocks import Block, PrunableLayer, device_of, forward_inputs
+from ..models.blocks import Block, PrunableLayer, device_of, forward_inputs, output_head
 from ..models.offload import Residence
 from .store import TensorStore
 
@@ -124,11 +124,8 @@ class Stream:
 
     def _forward(self, batch: int) -> None:
         device = device_of(self._model)
-        try:
-            with torch.no_grad():
-                self._model(**forward_inputs(self._model, self._batches[batch].to(device)))
-        except _Stop:
-            return
+        with torch.no_grad(), until_head(self._model):
+            self._model(**forward_inputs(self._model, self._batches[batch].to(device)))
 
     @contextmanager
     def recalled(self, batch: int) -> Iterator[None]:
@@ -176,6 +173,32 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             module.__dict__["forward"] = own
 
 
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a module is called with, be it by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+@contextmanager
+def until_head(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The model's forward ends where its output head begins, so that nobody's logits are made.
+
+    Yields:
+        A list to which what the head receives is added; it stays empty for a model without a head.
+    """
+    received: list[Tensor] = []
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        received.append(first_argument(args, kwargs))
+        raise _Stop
+
+    head = output_head(model)
+    with nullcontext() if head is None else forward_replaced(head, stop):
+        try:
+            yield received
+        except _Stop:
+            return
+
+
 def can_skip(model: nn.Module, blocks: Sequence[Block], windows: Tensor) -> bool:
     """Whether blocks depend on earlier ones only through what those return.
 
@@ -192,7 +215,7 @@ def can_skip(model: nn.Module, blocks: Sequence[Block], windows: Tensor) -> bool
     ]
     device = device_of(model)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), until_head(model):
             model(**forward_inputs(model, window.to(device)))
     finally:
         for handle in handles:
@@ -305,7 +328,7 @@ def residual_writers(stream: Stream) -> list[PrunableLayer]:
     widths: list[int] = []
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        widths.append((args[0] if args else next(iter(kwargs.values()))).shape[-1])
+        widths.append(first_argument(args, kwargs).shape[-1])
 
     def note(layer: PrunableLayer, _stream: Tensor) -> None:
         found.append(layer)
@@ -381,8 +404,7 @@ def _observed(layers: Sequence[PrunableLayer], observer: Observer, stop: bool) -
 
     def hook_of(layer: PrunableLayer) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            observer(layer, inputs)
+            observer(layer, first_argument(args, kwargs))
             waiting.discard(layer.name)
             if stop and not waiting and not experts:
                 raise _Stop

@@ -41,6 +41,11 @@ def gradient_batch_size_for(length: int) -> int:
     return max(1, batch_size_for(length) // 2)
 
 
+def flow_batch_size(windows: int, length: int) -> int:
+    """Windows per forward call of a ``Flow`` of so many windows of ``length`` tokens."""
+    return max(1, min(batch_size_for(length), windows // LEAST_BATCHES))
+
+
 @dataclass(frozen=True, eq=False)
 class Flow:
     """Activations of the pruned network, and beside them of the dense one where drift needs them.
@@ -81,7 +86,7 @@ class Flow:
             ranks: the processes.
             store: whose siblings keep the activations.
         """
-        size = max(1, min(batch_size_for(windows.shape[1]), len(windows) // LEAST_BATCHES))
+        size = flow_batch_size(len(windows), windows.shape[1])
         pruned = Stream(model, blocks, windows, size, skip, store.sibling())
         count = min(PARTS, len(pruned))
         ends = [i * len(pruned) // count for i in range(count + 1)]

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InvalidModelError
-from ..models.blocks import Block, PrunableLayer, device_of, forward_inputs
+from ..models.blocks import Block, PrunableLayer
 from .activations import forward_replaced
+from .logits import Outputs, SlicedModel
 from .store import TensorStore
 
 Report = Callable[[int, int], None]
@@ -62,9 +63,9 @@ def gradient_moments(
         InvalidModelError: if the model's loss has no gradient or it holds NaN or Inf.
     """
     moments: dict[str, Tensor] = {}
+    sliced = SlicedModel(model, windows)
     wanted = blocks if wanted is None else wanted
     layers = [layer for block in wanted for layer in block.layers if layer.expert is None]
-    device = device_of(model)
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
         stack.enter_context(no_weight_gradients(model))
@@ -74,11 +75,10 @@ def gradient_moments(
         for layer in layers:
             hook = layer.module.register_forward_hook(_moment_hook(layer, moments))
             stack.callback(hook.remove)
-        batches = torch.split(windows, batch_size)
+        batches = torch.split(windows, sliced.batch_size(windows.shape[1], batch_size))
         for done, batch in enumerate(batches, start=1):
             with torch.enable_grad():
-                output = model(**forward_inputs(model, batch.to(device)))
-                loss = _sampled_loss(output, generator)
+                loss = _sampled_loss(sliced.run(batch), generator)
                 if not loss.requires_grad:
                     raise InvalidModelError(
                         f"{type(model).__name__}: expected a loss with gradients for the output metric, "
@@ -154,12 +154,6 @@ class Moments:
         return moment
 
 
-def logits_of(output: Any) -> Tensor | None:
-    """Logits (batch, length, vocabulary) of a model's output, None if it has none."""
-    logits = getattr(output, "logits", None)
-    return logits if isinstance(logits, Tensor) and logits.ndim == 3 else None
-
-
 def embeddings_of(output: Any) -> Tensor:
     """Normalised last hidden states (batch, length, hidden), float32.
 
@@ -174,16 +168,17 @@ def embeddings_of(output: Any) -> Tensor:
     return nn.functional.normalize(hidden.float(), dim=-1)
 
 
-def _sampled_loss(output: Any, generator: torch.Generator) -> Tensor:
-    logits = logits_of(output)
-    if logits is not None:
-        flat = logits.float().flatten(0, 1)
+def _sampled_loss(outputs: Outputs, generator: torch.Generator) -> Tensor:
+    def of_logits(logits: Tensor, _part: slice) -> Tensor:
         with torch.no_grad():
             # Gumbel's trick with noise from the CPU: the same labels on every device
-            noise = torch.rand(flat.shape, generator=generator).clamp_min(1e-20).to(flat.device)
-            labels = (flat - (-noise.log()).log()).argmax(-1)
-        return nn.functional.cross_entropy(flat, labels, reduction="sum")
-    embeddings = embeddings_of(output)
+            noise = torch.rand(logits.shape, generator=generator).clamp_min_(1e-20).to(logits.device)
+            labels = noise.log_().neg_().log_().neg_().add_(logits).argmax(-1)
+        return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+    if outputs.values is not None:
+        return outputs.total(of_logits)
+    embeddings = embeddings_of(outputs.output)
     direction = torch.randn(embeddings.shape, generator=generator).to(embeddings.device)
     return (direction * embeddings).sum()
 

@@ -1,7 +1,7 @@
 """How good a model is: perplexity, embeddings, the field's zero-shot tasks."""
 
 from .evaluate import Evaluation, evaluate
-from .measures import is_causal, mean_cosine, perplexity, perplexity_batch_size, pooled_embeddings
+from .measures import is_causal, mean_cosine, perplexity, pooled_embeddings
 from .quality import model_embeddings, model_perplexity
 
 __all__ = [
@@ -12,6 +12,5 @@ __all__ = [
     "model_embeddings",
     "model_perplexity",
     "perplexity",
-    "perplexity_batch_size",
     "pooled_embeddings",
 ]

@@ -10,25 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.logits import SlicedModel
 from ..models.blocks import device_of, forward_inputs, model_kind
 
-# Logits of one forward call: windows x tokens x vocabulary entries in float32 stay below 1 GiB.
-LOGIT_ENTRIES = 1 << 28
-TOKENS_PER_BATCH = 8192
+# Tokens per forward call: enough to keep a processor busy, few enough for its memory.
+TOKENS_PER_BATCH = 4096
 
 Report = Callable[[int, int], None]
 # Open while the model runs on a batch: the blocks of an offloaded model return what they returned before.
 Recall = Callable[[int], AbstractContextManager[None]]
 
 
-def perplexity_batch_size(model: nn.Module, length: int) -> int:
-    """Windows of ``length`` tokens per forward call of ``perplexity``."""
-    vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 1 << 15))
-    return max(1, min(TOKENS_PER_BATCH // length, LOGIT_ENTRIES // (length * vocabulary)))
-
-
-def embedding_batch_size(length: int) -> int:
-    """Windows of ``length`` tokens per forward call of ``pooled_embeddings``."""
+def evaluation_batch_size(length: int) -> int:
+    """Windows of ``length`` tokens per forward call, at most."""
     return max(1, TOKENS_PER_BATCH // length)
 
 
@@ -37,7 +31,8 @@ def perplexity(
 ) -> float:
     """Perplexity by the field's protocol (SparseGPT's evaluation).
 
-    Mean over windows of the mean cross-entropy over the length - 1 shifted tokens, then exp.
+    Mean over windows of the mean cross-entropy over the length - 1 shifted tokens, then exp. Logits are made
+    some tokens at a time (see ``calibration.logits``), so that memory does not grow with the vocabulary.
 
     Args:
         model: a causal model.
@@ -45,7 +40,7 @@ def perplexity(
         report: called with (windows done, windows in all).
         recall: opened with the number of each batch.
     """
-    return perplexity_of(batch_losses(model, windows, report, recall), len(windows))
+    return perplexity_of(batch_losses(SlicedModel(model, windows), windows, report, recall), len(windows))
 
 
 def perplexity_of(losses: Sequence[float], windows: int) -> float:
@@ -55,18 +50,23 @@ def perplexity_of(losses: Sequence[float], windows: int) -> float:
 
 
 def batch_losses(
-    model: nn.Module, windows: Tensor, report: Report | None = None, recall: Recall | None = None
+    model: SlicedModel, windows: Tensor, report: Report | None = None, recall: Recall | None = None
 ) -> list[float]:
     """For each batch the sum over its windows of the mean cross-entropy; arguments as for ``perplexity``."""
-    device = device_of(model)
+    device = device_of(model.model)
     found = []
-    size = perplexity_batch_size(model, windows.shape[1])
+    length = windows.shape[1]
+    size = model.batch_size(length, evaluation_batch_size(length))
     for number, (done, batch) in enumerate(_batches(windows, size)):
+        # the last token of a window has nothing to predict: what it is given is dropped afterwards
+        following = batch.roll(-1, dims=1).flatten().to(device)
+
+        def losses(logits: Tensor, part: slice, following: Tensor = following) -> Tensor:
+            return nn.functional.cross_entropy(logits, following[part], reduction="none")
+
         with torch.no_grad(), recall(number) if recall else nullcontext():
-            inputs = batch.to(device)
-            logits = model(**forward_inputs(model, inputs)).logits[:, :-1].float()
-            losses = nn.functional.cross_entropy(logits.transpose(1, 2), inputs[:, 1:], reduction="none")
-        found.append(float(losses.double().mean(1).sum()))
+            of_tokens = torch.cat(list(model.run(batch).each(losses))).view(batch.shape)
+        found.append(float(of_tokens[:, :-1].double().mean(1).sum()))
         if report:
             report(done, len(windows))
     return found
@@ -86,7 +86,7 @@ def pooled_embeddings(
     base: Any = getattr(model, "base_model", model)
     device = device_of(model)
     pooled = []
-    for number, (done, batch) in enumerate(_batches(windows, embedding_batch_size(windows.shape[1]))):
+    for number, (done, batch) in enumerate(_batches(windows, evaluation_batch_size(windows.shape[1]))):
         with torch.no_grad(), recall(number) if recall else nullcontext():
             output = base(**forward_inputs(model, batch.to(device)))
         hidden = getattr(output, "encoder_last_hidden_state", None)

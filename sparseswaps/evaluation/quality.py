@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.activations import can_skip, stream_through
+from ..calibration.logits import SlicedModel
 from ..calibration.store import TensorStore
 from ..models.blocks import find_blocks
 from ..models.loading import LoadedModel
@@ -22,8 +23,7 @@ from .measures import (
     Recall,
     Report,
     batch_losses,
-    embedding_batch_size,
-    perplexity_batch_size,
+    evaluation_batch_size,
     perplexity_of,
     pooled_embeddings,
 )
@@ -47,10 +47,12 @@ def model_perplexity(
         store: keeps the activations of an offloaded model between its blocks; main memory by default.
         ranks: the processes that share the work; this one alone by default.
     """
-    size = perplexity_batch_size(loaded.model, windows.shape[1])
+    model = SlicedModel(loaded.model, windows)
+    length = windows.shape[1]
+    size = model.batch_size(length, evaluation_batch_size(length))
 
     def losses(own: Tensor) -> list[float]:
-        return batch_losses(loaded.model, own, report, _recall(loaded, own, size, store))
+        return batch_losses(model, own, report, _recall(loaded, own, size, store))
 
     return perplexity_of(_shared(losses, windows, size, ranks or Ranks()), len(windows))
 
@@ -63,7 +65,7 @@ def model_embeddings(
     ranks: Ranks | None = None,
 ) -> Tensor:
     """``pooled_embeddings`` (windows, hidden) of an encoder; arguments as for ``model_perplexity``."""
-    size = embedding_batch_size(windows.shape[1])
+    size = evaluation_batch_size(windows.shape[1])
 
     def embeddings(own: Tensor) -> Sequence[Tensor]:
         found = pooled_embeddings(loaded.model, own, report, _recall(loaded, own, size, store))

@@ -170,6 +170,22 @@ def model_kind(model: nn.Module) -> ModelKind:
     return "encoder"
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that makes a model's logits after all blocks, None where there is none."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
+    if not isinstance(head, nn.Module):
+        return None
+    blocks = [block for _, stack in stacks_of(model) for block in stack]
+    return None if any(head is module for block in blocks for module in block.modules()) else head
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """How many tokens a model knows: entries of its logits of one token."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    return size if isinstance(size, int) else 1 << 15
+
+
 def max_length(model: nn.Module) -> int | None:
     """The longest window that the model's positions allow, or None if it says nothing."""
     config: Any = getattr(model, "config", None)

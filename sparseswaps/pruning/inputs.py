@@ -17,10 +17,10 @@ from ..models.blocks import Block, PrunableLayer, check_finite, device_of, find_
 from ..models.loading import LoadedModel, load_model, resolve_device
 from .allocation import check_allocation
 from .layer_solving import patterns_of
-from .memory import Estimate, estimate, require_memory
-from .pipeline import check_options, with_stated_drifts
+from .memory import Estimate, Work, estimate, require_memory
+from .pipeline import check_options, with_drift_that_works, with_stated_drifts
 from .refinement import check_refinement
-from .settings import Machine, Mode, PruneSettings
+from .settings import Allocation, Machine, Mode, PruneSettings
 
 # Windows of the evaluation text on which layer errors are measured as well.
 HELD_OUT_WINDOWS = 16
@@ -63,6 +63,7 @@ def gather_inputs(
     settings: PruneSettings,
     machine: Machine,
     announce: Callable[[Estimate], None] | None = None,
+    saved: bool = False,
 ) -> Inputs:
     """Load and check everything; shapes and texts first, so that a large model is not loaded for nothing.
 
@@ -71,6 +72,7 @@ def gather_inputs(
         settings: of the run.
         machine: where it runs.
         announce: told what the run will need, before the weights are loaded.
+        saved: whether the result will be saved.
 
     Raises:
         InputError: for anything that cannot be used.
@@ -81,7 +83,8 @@ def gather_inputs(
         shapes = model
     else:
         shapes = load_model(model, target, machine.dtype, weights=False)
-    settings = with_stated_drifts(replace(settings, length=window_length(shapes, settings.length)))
+    asked = replace(settings, length=window_length(shapes, settings.length))
+    settings = with_stated_drifts(asked)
     calibration, evaluation = _windows(shapes, settings)
     blocks = find_blocks(shapes.model, settings.include, settings.exclude)
     patterns = patterns_of(blocks, settings.pattern)
@@ -94,19 +97,26 @@ def gather_inputs(
             "refinement changes layers of all blocks in turn: expected a model in memory, found offloading"
         )
     limit = None if machine.activation_limit is None else int(machine.activation_limit * 1e9)
+    objective = settings.objective
+    work = Work(
+        held_out=0 if evaluation is None else min(len(evaluation), HELD_OUT_WINDOWS),
+        evaluated=0 if evaluation is None else len(evaluation),
+        drift=objective.needs_dense_stream,
+        residual=objective.residual > 0,
+        metric=objective.metric or settings.allocation is Allocation.KNAPSACK,
+        one_shot=settings.mode is Mode.ONE_SHOT,
+        refined=settings.refine > 0,
+        saved=saved,
+    )
     needs = estimate(
-        shapes.model,
+        shapes,
         blocks,
         calibration.tokens,
-        0 if evaluation is None else min(len(evaluation), HELD_OUT_WINDOWS),
-        settings.objective.needs_dense_stream,
-        settings.objective.residual > 0,
-        settings.objective.metric,
-        settings.mode is Mode.ONE_SHOT,
-        machine.ranks.count,
-        limit,
-        device_of(shapes.model) if given else target,
-        offload,
+        work,
+        ranks=machine.ranks.count,
+        activation_limit=limit,
+        device=device_of(shapes.model) if given else target,
+        offload=offload,
     )
     if announce is not None and machine.ranks.first:
         announce(needs)
@@ -116,6 +126,7 @@ def gather_inputs(
     for block in blocks:
         with loaded.residence.resident(block):
             check_finite([block])
+    settings = with_drift_that_works(loaded.model, blocks, asked, calibration.tokens, machine.ranks)
     return Inputs(settings, loaded, blocks, calibration, evaluation, target, limit)
 
 

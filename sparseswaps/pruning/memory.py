@@ -1,12 +1,15 @@
 """What a run will need before it begins: peak memory of host and device, and time.
 
-Pruning block by block holds, beside the model, the activations of the calibration windows at one block (twice
-with drift), the sums of one step (each Gram matrix twice, see ``gathering``), and what a search needs on the
-widest layer; none of these grows with the number of blocks. A model in memory also has a copy of its dense
-weights, and the output metric second moments of every layer, in files beyond the limit of activations.
+A run is a sequence of stages: the weights are loaded, the model is evaluated, gradients for the output metric
+are gathered, layers are pruned block by block, masks are refined, the result is saved and read again. Beside
+the model each holds what ``_Stages`` counts; none of it grows with the number of blocks, but for the dense
+weights of a model in memory, the moments of the output metric, in files beyond the limit of activations, and
+what a backward pass keeps of every block. Logits are counted as they are made, a slice of tokens at a time or
+whole (see ``calibration.logits``).
 
-The estimate counts tensors, not what libraries and allocators add, and so is a little low. Time is the number
-of products of matrices over a rate that is measured for a moment; it is rough.
+The announced peak of main memory is that of the whole process, so it includes what this process holds
+already, its libraries above all. Time is the number of products of matrices over a rate that is measured for
+a moment; it is rough.
 """
 
 from __future__ import annotations
@@ -14,21 +17,66 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from ..calibration.gathering import flow_batch_size, gradient_batch_size_for
 from ..calibration.gradients import MOMENT_BYTES, moment_bytes, moment_groups
+from ..calibration.logits import slice_tokens, whole_windows
 from ..errors import InputError
-from ..machine import available_memory
-from ..models.blocks import Block, PrunableLayer, device_of
+from ..evaluation.measures import evaluation_batch_size, is_causal
+from ..machine import available_memory, resident_memory
+from ..models.blocks import Block, PrunableLayer, device_of, output_head, vocabulary_of
+from ..models.loading import LoadedModel
 
 GB = 1e9
-# Bytes per entry of the widest layer's Gram matrix and weight while it is searched: the matrix and its
-# correlation in float64, the correlation in float32; weight, drift and cost in float64, weight in float32.
-GRAM_BYTES, SEARCH_BYTES = 20, 36
+# Bytes per entry of the widest layer's Gram matrix while its errors are measured: the matrix in float64,
+# its correlation in float32, the matrix on held-out text and a triangle of it. Per entry of its weight while
+# it is searched: weight, drift and cost in float64, weight in float32.
+GRAM_BYTES, SEARCH_BYTES = 28, 36
+# Per entry of logits: themselves and their logarithms; their gradient and that of the logarithms as well; the
+# dense model's beside them.
+EVALUATION_BYTES, GRADIENT_BYTES, DIVERGENCE_BYTES = 8, 16, 32
+# Per token and channel of a layer with drift: inputs of both models, their difference, one of them in range.
+DRIFT_BYTES = 16
+# Per token and channel of the residual stream: both streams, both in float64, their product and what is lost.
+RESIDUAL_BYTES = 36
+# Per entry of an output metric while it is made and used: itself, the drift's covariance, products of errors.
+METRIC_BYTES = 48
+# What comes to main memory while layers are pruned on a processor: compiled loops and their compiler.
+COMPILER_BYTES = 150 * 10**6
+# Freed memory between other pieces that the C library keeps: this share of what is computed, until that is in
+# pieces of more than 32 MiB, which it gives back.
+KEPT_SHARE, MOST_KEPT = 0.25, 1 << 28
 # A forward pass to step k of n runs the block up to there; then once more, to advance.
 PASSES = 3.5
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run computes.
+
+    Attributes:
+        held_out: held-out windows, as long as the calibration windows; 0 for none.
+        evaluated: windows of the evaluation, of the same length too; 0 for none.
+        drift: whether dense and pruned activations travel side by side.
+        residual: whether sums for residual drift are gathered.
+        metric: whether the output metric is gathered.
+        one_shot: whether the sums of a whole block are held at a time.
+        refined: whether masks are refined against the model's output.
+        saved: whether the pruned model is saved.
+    """
+
+    held_out: int = 0
+    evaluated: int = 0
+    drift: bool = False
+    residual: bool = False
+    metric: bool = False
+    one_shot: bool = False
+    refined: bool = False
+    saved: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,33 +85,41 @@ class Estimate:
 
     Attributes:
         model_bytes: parameters and buffers that are in memory all the time, where the model computes.
-        host_bytes: beside the model, in main memory.
+        held_bytes: main memory that this process holds already, without the model.
+        host_bytes: beside both, in main memory.
         device_bytes: beside the model, on the device; 0 where that is the CPU.
         seconds: of the layers, without evaluation, output metric, allocation and refinement.
     """
 
     model_bytes: int
+    held_bytes: int
     host_bytes: int
     device_bytes: int
     seconds: float
 
+    @property
+    def peak_bytes(self) -> int:
+        """Largest resident set of this process, in main memory."""
+        return self.held_bytes + self.host_bytes + (0 if self.device_bytes else self.model_bytes)
+
     def __str__(self) -> str:
-        where = f", {self.device_bytes / GB:.2f} GB on the device" if self.device_bytes else ""
+        model, held = f"model {self.model_bytes / GB:.2f}", f"held already {self.held_bytes / GB:.2f}"
+        parts = f"{held}, beside it {self.host_bytes / GB:.2f}"
+        if not self.device_bytes:
+            parts = f"{held}, {model}, beside them {self.host_bytes / GB:.2f}"
+        device = f"; on the device {model} GB, beside it {self.device_bytes / GB:.2f} GB"
         return (
-            f"estimate: model {self.model_bytes / GB:.2f} GB, beside it {self.host_bytes / GB:.2f} GB of "
-            f"main memory{where}, about {_duration(self.seconds)} for the layers"
+            f"estimate: peak of {self.peak_bytes / GB:.2f} GB of main memory ({parts})"
+            f"{device if self.device_bytes else ''}; about {_duration(self.seconds)} for the layers"
         )
 
 
 def estimate(
-    model: nn.Module,
+    loaded: LoadedModel,
     blocks: Sequence[Block],
     windows: Tensor,
-    held_out: int,
-    drift: bool,
-    residual: bool,
-    metric: bool,
-    one_shot: bool,
+    work: Work,
+    *,
     ranks: int = 1,
     activation_limit: int | None = None,
     device: torch.device | None = None,
@@ -72,55 +128,24 @@ def estimate(
     """What pruning ``blocks`` will need.
 
     Args:
-        model: any with its shapes, on the meta device too.
-        blocks: from ``find_blocks``.
+        loaded: a model with its shapes, on the meta device too.
+        blocks: of it, from ``find_blocks``.
         windows: calibration windows (windows, length).
-        held_out: held-out windows of the same length.
-        drift: whether dense and pruned activations travel side by side.
-        residual: whether sums for residual drift are gathered.
-        metric: whether the output metric is gathered.
-        one_shot: whether the sums of a whole block are held at a time.
+        work: what the run computes.
         ranks: processes that share windows and rows.
         activation_limit: bytes of activations in main memory, the rest on disk; None for no limit.
         device: where it will run; where the model is by default.
         offload: whether the blocks' weights stay in files, but for one block's.
     """
-    device = device or device_of(model)
-    length = windows.shape[1]
-    hidden = _hidden_size(model, blocks)
-    layers = [layer for block in blocks for layer in block.layers]
-    widest = max(layers, key=lambda layer: layer.weight.shape[1])
-    rows = max(layer.weight.shape[0] for layer in layers)
-    cols = widest.weight.shape[1]
-    element = layers[0].weight.element_size()
-    streams = len({block.stack for block in blocks}) * (2 if drift else 1)
-    activations = (len(windows) + held_out) * length * hidden * element * streams // ranks
-    moments = sum(moment_bytes(block) for block in blocks) if metric else 0
-    stored = activations + moments
-    if activation_limit is not None:
-        stored = min(stored, activation_limit)
-    groups = moment_groups(blocks, MOMENT_BYTES if activation_limit is None else activation_limit)
-    gathered = max(sum(moment_bytes(block) for block in group) for group in groups) if metric else 0
-    copies = 2 + (1 if held_out else 0)
-    stream = hidden if residual else 0
-    sums = max(_sum_entries(block.layers, one_shot, drift, stream) for block in blocks) * 8 * copies
-    search = GRAM_BYTES * cols**2 + SEARCH_BYTES * rows * cols // ranks
-    block_weights = max(sum(x.weight.numel() * element for x in block.layers) for block in blocks)
-    whole = [_bytes_of(block.module) for block in blocks]
-    model_bytes = _bytes_of(model) - (sum(whole) if offload else 0)
-    tokens = min(8192, len(windows) * length)
-    forward = tokens * (6 * hidden + 3 * max(rows, cols)) * element
-    dense = 0 if offload else sum(layer.weight.numel() * element for layer in layers)
-    # the moments of a group are gathered before the first layer is searched
-    beside = max(gathered, sums + search + 2 * block_weights) + forward + (max(whole) if offload else 0)
-    flops = _flops(layers, len(windows) * length, drift, stream, ranks)
+    device = device or device_of(loaded.model)
     on_device = device.type != "cpu"
-    return Estimate(
-        model_bytes,
-        stored + dense + (0 if on_device else beside),
-        beside if on_device else 0,
-        flops / _rate(device),
-    )
+    stages = _Stages(loaded, blocks, windows, work, ranks, activation_limit, offload, on_device)
+    flops = _flops(stages.layers, windows.numel(), work.drift, stages.stream, ranks)
+    held = resident_memory()
+    if not on_device and not all(parameter.is_meta for parameter in loaded.model.parameters()):
+        held = max(0, held - stages.model)
+    host, beside = stages.peaks()
+    return Estimate(stages.model, held, host, beside, flops / _rate(device))
 
 
 def require_memory(
@@ -159,15 +184,217 @@ def require_memory(
             )
 
 
+@dataclass(frozen=True, eq=False)
+class _Stages:
+    """What each stage of a run holds beside the model, in bytes; arguments as for ``estimate``.
+
+    A stage is a pair: what is kept in main memory, and what is computed, on the device where there is one.
+    """
+
+    loaded: LoadedModel
+    blocks: Sequence[Block]
+    windows: Tensor
+    work: Work
+    ranks: int
+    limit: int | None
+    offload: bool
+    on_device: bool
+
+    def peaks(self) -> tuple[int, int]:
+        """Of main memory and of the device, the latter 0 where that is the CPU."""
+        stages = [self._pruning()]
+        if self.work.evaluated:
+            stages.append(self._evaluating())
+        if self.work.metric:
+            stages.append(self._metric())
+        if self.work.refined:
+            stages.append(self._refining())
+        weights = (
+            0
+            if self.offload
+            else sum(layer.weight.numel() * self._stored_size(layer) for layer in self.layers)
+        )
+        # once more on the device: one block at a time where weights stay in files
+        own = max(self._of_blocks) if self.offload else 0
+        if self.on_device:
+            host = weights + max(kept for kept, _ in stages)
+            device = own + max(computed for _, computed in stages)
+        else:
+            host = (
+                weights + COMPILER_BYTES + own + max(kept + _with_gaps(computed) for kept, computed in stages)
+            )
+            device = 0
+        return max(host, weights + self._saving(), self._loading()), device
+
+    @cached_property
+    def layers(self) -> list[PrunableLayer]:
+        """All prunable layers."""
+        return [layer for block in self.blocks for layer in block.layers]
+
+    @cached_property
+    def model(self) -> int:
+        """Parameters and buffers that are in memory all the time."""
+        return _bytes_of(self.loaded.model) - (sum(self._of_blocks) if self.offload else 0)
+
+    @cached_property
+    def stream(self) -> int:
+        """Channels of the residual stream whose loss is gathered, 0 for none."""
+        return self._hidden if self.work.residual else 0
+
+    @cached_property
+    def _of_blocks(self) -> list[int]:
+        return [_bytes_of(block.module) for block in self.blocks]
+
+    @cached_property
+    def _hidden(self) -> int:
+        size = getattr(getattr(self.loaded.model, "config", None), "hidden_size", None)
+        return size if isinstance(size, int) else min(layer.weight.shape[1] for layer in self.layers)
+
+    @cached_property
+    def _element(self) -> int:
+        return self.layers[0].weight.element_size()
+
+    @cached_property
+    def _widest(self) -> int:
+        return max(max(layer.weight.shape) for layer in self.layers)
+
+    @cached_property
+    def _length(self) -> int:
+        return self.windows.shape[1]
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        return vocabulary_of(self.loaded.model)
+
+    @cached_property
+    def _checkpoint(self) -> int:
+        """The model in the checkpoint's dtypes."""
+        tensors = [*self.loaded.model.named_parameters(), *self.loaded.model.named_buffers()]
+        dtypes = self.loaded.dtypes
+        return sum(tensor.numel() * dtypes.get(name, tensor.dtype).itemsize for name, tensor in tensors)
+
+    def _stored_size(self, layer: PrunableLayer) -> int:
+        """Bytes of a weight in the checkpoint."""
+        return self.loaded.dtypes.get(layer.parameter_name, layer.weight.dtype).itemsize
+
+    def _kept(self, size: int) -> int:
+        """What of so many bytes is in main memory and not in files."""
+        return size if self.limit is None else min(size, self.limit)
+
+    def _states(self, windows: int) -> int:
+        """Hidden states of so many windows."""
+        return windows * self._length * self._hidden * self._element
+
+    def _activations(self) -> int:
+        streams = len({block.stack for block in self.blocks}) * (2 if self.work.drift else 1)
+        return self._states(len(self.windows) + self.work.held_out) * streams // self.ranks
+
+    def _moments(self) -> tuple[int, int]:
+        """Second moments of all layers, and the largest group of them that is gathered at a time."""
+        groups = moment_groups(self.blocks, MOMENT_BYTES if self.limit is None else self.limit)
+        sizes = [sum(moment_bytes(block) for block in group) for group in groups]
+        return sum(sizes), max(sizes)
+
+    def _forward(self, windows: int) -> int:
+        """A forward pass inside a block."""
+        states = windows * self._length * (6 * self._hidden + 3 * self._widest) * self._element
+        config = getattr(self.loaded.model, "config", None)
+        heads = getattr(config, "num_attention_heads", None)
+        if getattr(config, "_attn_implementation", None) != "eager" or not isinstance(heads, int):
+            return states
+        # scores, in float32 for their softmax, and what comes of it
+        return states + windows * heads * self._length**2 * (4 + 2 * self._element)
+
+    def _backward(self, windows: int) -> int:
+        """A backward pass: the inputs of all blocks, what one of them keeps, and gradients beside it."""
+        return len(self.blocks) * self._states(windows) + 3 * self._forward(windows)
+
+    def _batch(self, most: int) -> int:
+        """Windows of a pass that makes logits, at most ``most``."""
+        whole = is_causal(self.loaded.model) and output_head(self.loaded.model) is None
+        most = min(most, whole_windows(self._vocabulary, self._length)) if whole else most
+        return min(most, len(self.windows))
+
+    def _logits(self, windows: int, size: int) -> int:
+        """Logits of a pass over so many windows, with ``size`` bytes per entry."""
+        tokens = windows * self._length
+        if output_head(self.loaded.model) is not None:
+            tokens = min(tokens, slice_tokens(self._vocabulary))
+        elif not is_causal(self.loaded.model):
+            return 0
+        return tokens * self._vocabulary * size
+
+    def _evaluating(self) -> tuple[int, int]:
+        windows = self._batch(evaluation_batch_size(self._length))
+        kept = self._kept(self._states(self.work.evaluated) // self.ranks) if self.offload else 0
+        return kept, self._forward(windows) + self._logits(windows, EVALUATION_BYTES)
+
+    def _metric(self) -> tuple[int, int]:
+        total, group = self._moments()
+        windows = self._batch(gradient_batch_size_for(self._length))
+        # without a device the group that is gathered is the one that is kept
+        kept = self._kept(total if self.on_device else total - group)
+        return kept, group + self._backward(windows) + self._logits(windows, GRADIENT_BYTES)
+
+    def _pruning(self) -> tuple[int, int]:
+        work = self.work
+        rows = max(layer.weight.shape[0] for layer in self.layers)
+        cols = max(layer.weight.shape[1] for layer in self.layers)
+        sums = 8 * max(
+            _sum_entries(block.layers, work.one_shot, work.drift, self.stream) for block in self.blocks
+        )
+        # sums of a part beside those of all parts, and calibration sums beside those of held-out text
+        gathering = 2 * sums + self._gathering(flow_batch_size(len(self.windows), self._length), cols)
+        solving = sums
+        if work.held_out:
+            windows = flow_batch_size(work.held_out, self._length)
+            gathering = max(gathering, 3 * sums + self._gathering(windows, cols))
+            solving = 2 * sums
+        solving += GRAM_BYTES * cols**2 + SEARCH_BYTES * rows * cols // self.ranks
+        solving += METRIC_BYTES * rows**2 if work.metric else 0
+        weights = max(sum(x.weight.numel() for x in block.layers) for block in self.blocks) * self._element
+        moments = self._moments()[0] if work.metric else 0
+        outputs = self._states(len(self.windows)) if work.refined else 0
+        kept = self._kept(self._activations() + moments) + outputs
+        return kept, max(gathering, solving) + 2 * weights
+
+    def _gathering(self, windows: int, cols: int) -> int:
+        """Beside sums, a pass over so many windows that adds to those of a layer of ``cols`` channels."""
+        tokens = windows * self._length
+        drift = tokens * (cols * DRIFT_BYTES + self.stream * RESIDUAL_BYTES) if self.work.drift else 0
+        return self._forward(windows) + drift
+
+    def _refining(self) -> tuple[int, int]:
+        total = sum(moment_bytes(block) for block in self.blocks)
+        windows = self._batch(gradient_batch_size_for(self._length))
+        outputs, stream = self._states(len(self.windows)), self._states(len(self.windows))
+        weights = sum(layer.weight.numel() for layer in self.layers) * self._element
+        computed = weights + self._backward(windows) + self._logits(windows, DIVERGENCE_BYTES)
+        return outputs + stream + total, computed + (total if self.on_device else 0)
+
+    def _loading(self) -> int:
+        """Main memory beside the loaded model: the checkpoint, where that is converted or moved."""
+        known = not any(parameter.is_meta for parameter in self.loaded.model.parameters())
+        if known or self.offload or (not self.on_device and self._checkpoint == self.model):
+            return 0
+        return self._checkpoint
+
+    def _saving(self) -> int:
+        """Main memory beside the model: it is written in the checkpoint's dtypes and read again."""
+        if not self.work.saved:
+            return 0
+        if self.offload:
+            return 2 * max(self._of_blocks)
+        return self._checkpoint if self.on_device else max(0, 2 * self._checkpoint - self.model)
+
+
+def _with_gaps(computed: int) -> int:
+    """What so many bytes of tensors, made and freed, take in main memory."""
+    return computed + min(int(KEPT_SHARE * computed), MOST_KEPT)
+
+
 def _bytes_of(module: nn.Module) -> int:
     return sum(x.numel() * x.element_size() for x in [*module.parameters(), *module.buffers()])
-
-
-def _hidden_size(model: nn.Module, blocks: Sequence[Block]) -> int:
-    size = getattr(getattr(model, "config", None), "hidden_size", None)
-    if isinstance(size, int):
-        return size
-    return min(layer.weight.shape[1] for block in blocks for layer in block.layers)
 
 
 def _groups(layers: Sequence[PrunableLayer]) -> dict[tuple[int, int, int | None], PrunableLayer]:

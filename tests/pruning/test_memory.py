@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
+import transformers as tf
 
 import sparseswaps as ss
+from sparseswaps.calibration.logits import SLICE_ENTRIES
 from sparseswaps.calibration.store import TensorStore
+from sparseswaps.demo import MODEL
 from sparseswaps.machine import available_memory
 from sparseswaps.masks.file import load_masks
 from sparseswaps.models.blocks import find_blocks
+from sparseswaps.models.loading import LoadedModel
 from sparseswaps.pruning import memory
-from sparseswaps.pruning.memory import Estimate, estimate, require_memory
+from sparseswaps.pruning.memory import Estimate, Work, estimate, require_memory
 from sparseswaps.pruning.run import prune
 
+SLICE = 4 * SLICE_ENTRIES
 
-def deeper(blocks: int) -> torch.nn.Module:
-    import transformers as tf
 
+def loaded_of(kind: type[tf.LlamaForCausalLM] = tf.LlamaForCausalLM, **shape: int) -> LoadedModel:
     config = tf.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=blocks, num_attention_heads=4
+        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, **shape}
     )
-    return tf.LlamaForCausalLM(config).eval()
+    model = kind(config).eval()
+    return LoadedModel(model, None, "", {name: x.dtype for name, x in model.named_parameters()})
 
 
-def needs(blocks: int, windows: int = 16, **options: object) -> Estimate:
-    model = deeper(blocks)
-    plain = {"held_out": 0, "drift": False, "residual": False, "metric": False, "one_shot": False}
+def needs(
+    blocks: int = 2, windows: int = 16, activation_limit: int | None = None, vocabulary: int = 64, **work: Any
+) -> Estimate:
+    loaded = loaded_of(num_hidden_layers=blocks, vocab_size=vocabulary)
     tokens = torch.zeros((windows, 64), dtype=torch.int64)
-    return estimate(model, find_blocks(model), tokens, **{**plain, **options})
+    return estimate(
+        loaded, find_blocks(loaded.model), tokens, Work(**work), activation_limit=activation_limit
+    )
 
 
 def test_estimates_grow_with_what_they_depend_on() -> None:
@@ -42,25 +53,121 @@ def test_estimates_grow_with_what_they_depend_on() -> None:
     assert many.host_bytes - few.host_bytes == 4 * layers * 4
     assert many.model_bytes > few.model_bytes
     activations = 16 * 64 * 32 * 4
-    assert needs(2, windows=32).host_bytes - few.host_bytes >= activations
-    assert needs(2, windows=32, activation_limit=0).host_bytes < needs(2, windows=32).host_bytes
-    assert needs(2, metric=True).host_bytes > few.host_bytes
-    assert needs(2, metric=True, activation_limit=0).host_bytes < needs(2, metric=True).host_bytes
-    assert needs(2, drift=True).host_bytes > few.host_bytes
-    # of the down projection's inputs, 64 wide, X̂ sᵀ, (X - X̂) sᵀ and s sᵀ in float64: twice, as every sum
-    both = needs(2, drift=True, residual=True)
-    assert both.host_bytes - needs(2, drift=True).host_bytes == 2 * 8 * (2 * 64 + 32) * 32
-    assert needs(2, one_shot=True).host_bytes > few.host_bytes
+    assert needs(windows=32).host_bytes - few.host_bytes >= activations
+    assert needs(windows=32, activation_limit=0).host_bytes < needs(windows=32).host_bytes
+    assert needs(metric=True).host_bytes > few.host_bytes
+    assert needs(metric=True, activation_limit=0).host_bytes < needs(metric=True).host_bytes
+    assert needs(refined=True).host_bytes > few.host_bytes
+    assert needs(drift=True).host_bytes > few.host_bytes
+    # a residual stream of 32 channels, and of the down projection's inputs, 64 wide, X̂ sᵀ, (X - X̂) sᵀ and
+    # s sᵀ in float64: twice, as every sum
+    both = needs(drift=True, residual=True)
+    assert both.host_bytes - needs(drift=True).host_bytes >= 2 * 8 * (2 * 64 + 32) * 32
+    assert needs(one_shot=True).host_bytes > few.host_bytes
     assert few.device_bytes == 0
     assert few.seconds > 0
+    assert few.peak_bytes == few.held_bytes + few.model_bytes + few.host_bytes
     assert "GB of main memory" in str(few)
+
+
+@pytest.mark.parametrize("work", [{"evaluated": 1000}, {"metric": True}, {"refined": True}])
+def test_estimates_count_a_slice_of_the_logits(work: dict[str, Any]) -> None:
+    few, many, more = (needs(vocabulary=size, **work) for size in (64, 1 << 17, 1 << 19))
+    assert SLICE < many.host_bytes - few.host_bytes < 16 * SLICE
+    # the vocabulary is four times as large; one token's logits are the least that is made
+    assert many.host_bytes == more.host_bytes
+    assert needs(vocabulary=1 << 17, windows=512, **work).host_bytes - many.host_bytes < SLICE
+
+
+def test_estimates_count_logits_that_are_made_whole() -> None:
+    class HeadlessForCausalLM(tf.LlamaForCausalLM):
+        def get_output_embeddings(self) -> None:
+            return None
+
+    loaded = loaded_of(HeadlessForCausalLM, vocab_size=1 << 17, num_hidden_layers=1)
+    tokens = torch.zeros((16, 512), dtype=torch.int64)
+    found = estimate(loaded, find_blocks(loaded.model), tokens, Work(evaluated=16))
+    assert found.host_bytes > 512 * (1 << 17) * 4
+
+
+def test_a_loaded_model_is_counted_once() -> None:
+    loaded = loaded_of(num_hidden_layers=1, vocab_size=1 << 20)
+    tokens = torch.zeros((16, 64), dtype=torch.int64)
+    meta = LoadedModel(loaded.model.__class__(loaded.model.config).to("meta"), None, "", loaded.dtypes)
+    there, later = (estimate(x, find_blocks(x.model), tokens, Work()) for x in (loaded, meta))
+    assert there.model_bytes == later.model_bytes > 2 * (1 << 20) * 32 * 4
+    # both while the model is in memory: what is held already is without it, or with it as something else
+    assert later.held_bytes - there.held_bytes == pytest.approx(there.model_bytes, rel=0.1)
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+import transformers as tf
+from sparseswaps.calibration.dense_outputs import DenseOutputs
+from sparseswaps.calibration.gradients import gradient_moments
+from sparseswaps.evaluation.measures import perplexity
+from sparseswaps.demo import MODEL
+from sparseswaps.machine import peak_memory_mb, resident_memory
+from sparseswaps.models.blocks import find_blocks
+
+what, vocabulary, count, length = sys.argv[1], *map(int, sys.argv[2:])
+torch.set_num_threads(1)
+config = tf.LlamaConfig(
+    vocab_size=vocabulary, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+    tie_word_embeddings=True,
+)
+model = tf.LlamaForCausalLM(config).eval()
+windows = torch.randint(0, vocabulary, (count, length))
+before = resident_memory()
+if what == "perplexity":
+    perplexity(model, windows)
+elif what == "metric":
+    gradient_moments(model, find_blocks(model), windows, count)
+else:
+    outputs = DenseOutputs(model, windows, count)
+    weight = model.model.layers[0].mlp.down_proj.weight
+    torch.autograd.grad(outputs.loss(model, 0), weight)
+print(1e6 * peak_memory_mb() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "slices", "count"), [("perplexity", 4, 2), ("metric", 8, 4), ("divergence", 16, 8)]
+)
+def test_no_peak_is_as_high_as_the_logits_of_whole_windows(what: str, slices: int, count: int) -> None:
+    vocabulary, length = 1 << 17, 256
+    command = [sys.executable, "-c", PEAK, what, *map(str, (vocabulary, count, length))]
+    found = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    # twice the copies of a slice that the estimate counts, for pieces that the C library keeps
+    assert found < slices * SLICE
+    assert slices * SLICE <= count * length * vocabulary * 4 / 2
+
+
+def test_the_announced_peak_is_near_the_measured_one(tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", np.arange(8192) % 2000)
+    code = f"""
+import sparseswaps as ss
+said = []
+report = ss.prune(
+    {str(MODEL)!r}, calibration={str(tmp_path / "tokens.npy")!r}, evaluation={str(tmp_path / "tokens.npy")!r},
+    samples=32, length=128, include=("*.0.*",), device="cpu", out={str(tmp_path / "out")!r},
+    announce=said.append,
+)
+print(said[0].peak_bytes / 1e6, report.peak_memory_mb)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    announced, measured = map(float, done.stdout.split())
+    # the bar that the estimate was made for; libraries, counted as they are, are most of it here
+    assert announced == pytest.approx(measured, rel=0.25)
 
 
 def test_what_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     there = available_memory()
     assert there is not None
     assert there > 0
-    too_much = Estimate(0, there * 1000, 0, 1.0)
+    too_much = Estimate(0, 0, there * 1000, 0, 1.0)
     with pytest.raises(
         ss.InputError, match=r"main memory: expected .* GB for activations.*, found .* GB free"
     ):
