@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs format clean
+.PHONY: demo test check docs published format clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,13 @@ check: .venv/ready  ## style, types and layers
 
 docs: .venv/ready  ## the site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+published: .venv/ready  ## the published reports again, from their rows
+	set -e; for study in reports/published/*/; do \
+		rm -rf $$study/figures $$study/tables; \
+		$(BIN)/sparseswaps report $$study/rows --out $$study; \
+	done
+	$(BIN)/python -c "import matplotlib; print(matplotlib.__version__)" > reports/published/matplotlib.txt
 
 format: .venv/ready  ## let ruff format the code
 	$(BIN)/ruff format .

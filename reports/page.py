@@ -2,7 +2,8 @@
 
 ``index.html`` holds everything it shows: style, figures as inline SVG, no script, no request to any
 network. ``README.md`` says the same in Markdown and shows the SVG files beside it. Every figure is
-also there as SVG, PNG and CSV (``figures/``), every table as CSV and LaTeX (``tables/``).
+also there as SVG, PNG and CSV (``figures/``), every table as CSV and LaTeX (``tables/``). The same rows
+give the same bytes; of a picture, with the same version of matplotlib.
 """
 
 from __future__ import annotations
@@ -181,6 +182,6 @@ def _markdown(title: str, subtitle: str, facts: Sequence[Fact], sections: Sequen
                 parts.append(f"![{item.title}](figures/{item.name}.svg)")
                 parts.append(
                     f"**{item.title}.** {item.caption} ([data](figures/{item.name}.csv), "
-                    f"[PNG](figures/{item.name}.png))"
+                    f"[SVG](figures/{item.name}.svg))"
                 )
     return "\n\n".join(parts) + "\n"

@@ -92,16 +92,20 @@ def study(
 
 
 def report(
-    database: Annotated[Path, typer.Argument(help="Record of a study.")],
+    database: Annotated[
+        Path, typer.Argument(help="Record of a study, or a folder of its rows as Parquet files.")
+    ],
     out: Annotated[Path, typer.Option(help="Directory of the page, its figures and tables.")] = Path(
         "report"
     ),
 ) -> None:
     """Write the report of a record: a page that needs no network, its Markdown twin, figures, CSV, LaTeX.
 
-    [bold]Example[/]
+    [bold]Examples[/]
 
     sparseswaps report study.sqlite --out report
+
+    sparseswaps report reports/published/calibration/rows --out report
     """
     console.print(f"report: {build_report(database, out).resolve()}", soft_wrap=True)
 
@@ -120,11 +124,13 @@ def merge(
 
 
 def export(
-    database: Annotated[Path, typer.Argument(help="Record of a study.")],
+    database: Annotated[
+        Path, typer.Argument(help="Record of a study, or a folder of its rows as Parquet files.")
+    ],
     out: Annotated[Path, typer.Option(help="Directory of the files.")],
     format: Annotated[Literal["csv", "parquet"], typer.Option(help="csv or parquet.")] = "csv",
 ) -> None:
-    """Write every table of a record as CSV or Parquet.
+    """Write every table of a record as CSV or Parquet; Parquet files are a record that can be reported too.
 
     [bold]Example[/]
 

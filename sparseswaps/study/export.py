@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import InputError, InvalidFileError, SolverNotInstalledError
-from ..records.run import LayerRecord
-from ..records.study import LayerBoundRecord, ModelRecord, RowRecord, StudyRows, TraceRecord, UnitRecord
+from ..errors import InputError, InvalidFileError
+from ..records.study import StudyRows
 from ..records.study_database import StudyDatabase
+from ..records.study_files import columns, read_study_files, tables, write_study_files
 
 
 def merge(target: str | os.PathLike[str], sources: Sequence[str | os.PathLike[str]]) -> int:
@@ -35,6 +34,8 @@ def export(
 ) -> list[Path]:
     """Write every table of a record as a file of its own; returns the files.
 
+    A folder of Parquet files is a record too: ``read_rows`` and ``build_report`` take it.
+
     Args:
         database: the record.
         out_dir: folder, created if needed.
@@ -47,33 +48,28 @@ def export(
     if format not in ("csv", "parquet"):
         raise InputError(f"export format: expected csv or parquet, found {format!r}")
     rows = read_rows(database)
+    if format == "parquet":
+        return write_study_files(out_dir, rows)
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    layers = [{"unit": layer.unit, **asdict(layer.record)} for layer in rows.layers]
-    tables: dict[str, tuple[list[str], list[dict[str, Any]]]] = {
-        "units": (_names(UnitRecord), [asdict(row) for row in rows.units]),
-        "rows": (_names(RowRecord), [asdict(row) for row in rows.rows]),
-        "traces": (_names(TraceRecord), [asdict(row) for row in rows.traces]),
-        "models": (_names(ModelRecord), [asdict(row) for row in rows.models]),
-        "layers": (["unit", *_names(LayerRecord)], layers),
-        "bounds": (_names(LayerBoundRecord), [asdict(row) for row in rows.bounds]),
-    }
     written = []
-    for name, (columns, values) in tables.items():
-        path = out / f"{name}.{format}"
-        _write_csv(path, columns, values) if format == "csv" else _write_parquet(path, columns, values)
-        written.append(path)
+    for name, values in tables(rows).items():
+        written.append(out / f"{name}.csv")
+        _write_csv(written[-1], list(columns(name)), values)
     return written
 
 
 def read_rows(database: str | os.PathLike[str]) -> StudyRows:
-    """All results of a record.
+    """All results of a record: an SQLite file, or a folder of Parquet files that ``export`` wrote.
 
     Raises:
         InvalidFileError: if it is missing or damaged.
+        SolverNotInstalledError: if it is a folder and pyarrow is missing.
     """
+    if Path(database).is_dir():
+        return read_study_files(database)
     if not Path(database).is_file():
-        raise InvalidFileError(f"study record {database}: expected an existing file, found none")
+        raise InvalidFileError(f"study record {database}: expected an existing file or folder, found none")
     with StudyDatabase(database) as record:
         return record.read()
 
@@ -81,9 +77,14 @@ def read_rows(database: str | os.PathLike[str]) -> StudyRows:
 def build_report(database: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Path:
     """Write the report of a record (see ``reports.study_report``); returns ``index.html``.
 
+    Args:
+        database: the record, as ``read_rows`` takes it.
+        out_dir: folder, created if needed.
+
     Raises:
         InvalidFileError: if the record is missing or damaged.
         InputError: if it holds no finished unit.
+        SolverNotInstalledError: if it is a folder and pyarrow is missing.
     """
     # plotting takes a second to import, which the processes of a study need not wait for
     from ..reports.study_report import write_study_report
@@ -94,24 +95,8 @@ def build_report(database: str | os.PathLike[str], out_dir: str | os.PathLike[st
     return write_study_report(out_dir, rows)
 
 
-def _names(kind: Any) -> list[str]:
-    return [field.name for field in fields(kind)]
-
-
-def _write_csv(path: Path, columns: list[str], values: list[dict[str, Any]]) -> None:
+def _write_csv(path: Path, header: list[str], values: Iterable[tuple[Any, ...]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
         writer.writerows(values)
-
-
-def _write_parquet(path: Path, columns: list[str], values: list[dict[str, Any]]) -> None:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise SolverNotInstalledError(
-            "Parquet files need pyarrow: expected it to be installed, found none; run pip install pyarrow"
-        ) from error
-    arrays = {name: [row[name] for row in values] for name in columns}
-    pyarrow.parquet.write_table(pyarrow.table(arrays), path)
