@@ -70,7 +70,7 @@ def test_estimates_grow_with_what_they_depend_on() -> None:
     assert "GB of main memory" in str(few)
 
 
-@pytest.mark.parametrize("work", [{"evaluated": 1000}, {"metric": True}, {"refined": True}])
+@pytest.mark.parametrize("work", [{"evaluated": 1000}, {"metric": True}, {"refined": True}, {"compared": 2}])
 def test_estimates_count_a_slice_of_the_logits(work: dict[str, Any]) -> None:
     few, many, more = (needs(vocabulary=size, **work) for size in (64, 1 << 17, 1 << 19))
     assert SLICE < many.host_bytes - few.host_bytes < 16 * SLICE
