@@ -193,7 +193,8 @@ class Solution:
     @property
     def gap(self) -> float:
         """(objective - bound) / objective of the layer, 0 when both are 0."""
-        return float(relative_gap(torch.tensor(self.objective), torch.tensor(self.bound)))
+        sums = torch.tensor([self.objective, self.bound], dtype=torch.float64)
+        return float(relative_gap(sums[0], sums[1]))
 
     @property
     def row_gaps(self) -> Tensor:

@@ -105,7 +105,7 @@ def test_engineer(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def test_optimisation(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert documents.run_document(guide("optimisation"), monkeypatch) == 5 + 2
+    assert documents.run_document(guide("optimisation"), monkeypatch) == 5 + 3
     assert (home / "row0.lp").exists()
     assert "additive-swap" in capsys.readouterr().out
 

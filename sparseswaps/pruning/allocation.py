@@ -65,7 +65,7 @@ def allocate(
         pattern: of every layer; its share is the mean sparsity of the whole model.
         calibration: token windows (windows, length).
         rule: how the budget is spread.
-        solver: measures the error curves of the knapsack, without the weight updates of a sequence.
+        solver: measures the error curves of the knapsack, without the weight updates of a chain.
         report: called with (layers done, layers in all).
         residence: where the blocks' weights are; in the model by default.
         store: keeps the moments of output gradients; main memory by default.

@@ -19,7 +19,7 @@ from .allocation import check_allocation
 from .layer_solving import patterns_of
 from .memory import Estimate, Work, estimate, require_memory
 from .objective import AUTO
-from .pipeline import check_options, with_stated_drifts
+from .pipeline import check_options, with_drift_that_works, with_stated_drifts
 from .refinement import check_refinement
 from .settings import Allocation, Machine, Mode, PruneSettings
 
@@ -84,7 +84,8 @@ def gather_inputs(
         shapes = model
     else:
         shapes = load_model(model, target, machine.dtype, weights=False)
-    settings = with_stated_drifts(replace(settings, length=window_length(shapes, settings.length)))
+    asked = replace(settings, length=window_length(shapes, settings.length))
+    settings = with_stated_drifts(asked)
     calibration, evaluation = _windows(shapes, settings)
     blocks = find_blocks(shapes.model, settings.include, settings.exclude)
     patterns = patterns_of(blocks, settings.pattern)
@@ -127,6 +128,7 @@ def gather_inputs(
     for block in blocks:
         with loaded.residence.resident(block):
             check_finite([block])
+    settings = with_drift_that_works(loaded.model, blocks, asked, calibration.tokens, machine.ranks)
     return Inputs(settings, loaded, blocks, calibration, evaluation, target, limit)
 
 

@@ -31,7 +31,7 @@ from ..records.run_database import RunDatabase
 from .allocation import allocate
 from .inputs import Inputs, gather_inputs
 from .memory import Estimate
-from .pipeline import OnLayer, RunContext, prune_layers, with_drift_that_works
+from .pipeline import OnLayer, RunContext, prune_layers
 from .refinement import Refinement, refine_masks
 from .report import PruneReport
 from .settings import Machine, PruneSettings, split_options
@@ -81,12 +81,6 @@ def prune(
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
     inputs = gather_inputs(model, settings, machine, announce, saved=folder is not None)
-    if settings.objective.is_default:
-        network, windows = inputs.model.model, inputs.calibration.tokens
-        stated = with_drift_that_works(
-            network, inputs.blocks, replace(inputs.settings, objective=settings.objective), windows, ranks
-        )
-        inputs = replace(inputs, settings=stated)
     dense = dense_weights(inputs.model, inputs.layers)
     store = TensorStore(inputs.activation_limit)
     with run_record(folder if ranks.first else None, _identity(inputs, dense), resume) as record:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import closing, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidFileError
+from .database import Database, names
 from .run import LayerRecord, RefinementStep
 
 SCHEMA_VERSION = 4
@@ -22,7 +23,7 @@ _STEP_COLUMNS = [field.name for field in fields(RefinementStep)]
 _LAYER_COLUMNS = [field.name for field in fields(LayerRecord)]
 
 
-class RunDatabase:
+class RunDatabase(Database):
     """The record of one pruning run.
 
     Args:
@@ -35,49 +36,24 @@ class RunDatabase:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._closed = False
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self._connection = sqlite3.connect(path or ":memory:", isolation_level=None)
-        try:
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, SCHEMA_VERSION):
-                raise InvalidFileError(
-                    f"record {path}: expected schema version {SCHEMA_VERSION}, found {version}; a run that "
-                    "another version began is finished by that version, or begun again in an empty directory"
-                )
-            with self._transaction() as connection:
-                connection.execute("CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT)")
-                columns = ", ".join(f'"{name}"' for name in _LAYER_COLUMNS)
-                connection.execute(
-                    f"CREATE TABLE IF NOT EXISTS layer "
-                    f"({columns}, mask BLOB, weight BLOB, PRIMARY KEY (name))"
-                )
-                steps = ", ".join(f'"{name}"' for name in _STEP_COLUMNS)
-                connection.execute(
-                    f"CREATE TABLE IF NOT EXISTS refinement ({steps}, PRIMARY KEY (position, number))"
-                )
-                connection.execute(
-                    "CREATE TABLE IF NOT EXISTS pass "
-                    "(number, name, mask BLOB, weight BLOB, PRIMARY KEY (number, name))"
-                )
-                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        except sqlite3.DatabaseError as error:
-            self._connection.close()
-            raise InvalidFileError(f"record {path}: expected an SQLite database, found {error}") from error
-        except InvalidFileError:
-            self._connection.close()
-            raise
+        super().__init__(path, "record")
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield self._connection
-        except BaseException:
-            self._connection.execute("ROLLBACK")
-            raise
-        self._connection.execute("COMMIT")
+    def _create(self, connection: sqlite3.Connection) -> None:
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, SCHEMA_VERSION):
+            raise InvalidFileError(
+                f"record {self.path}: expected schema version {SCHEMA_VERSION}, found {version}; a run that "
+                "another version began is finished by that version, or begun again in an empty directory"
+            )
+        layer, step = names(_LAYER_COLUMNS), names(_STEP_COLUMNS)
+        for table in (
+            "run (key TEXT PRIMARY KEY, value TEXT)",
+            f"layer ({layer}, mask BLOB, weight BLOB, PRIMARY KEY (name))",
+            f"refinement ({step}, PRIMARY KEY (position, number))",
+            "pass (number, name, mask BLOB, weight BLOB, PRIMARY KEY (number, name))",
+        ):
+            connection.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def set(self, values: Mapping[str, Any]) -> None:
         """Store facts about the run, each as JSON, replacing earlier values."""
@@ -107,8 +83,7 @@ class RunDatabase:
 
     def layers(self) -> list[LayerRecord]:
         """Finished layers in the order in which they were finished."""
-        names = ", ".join(f'"{name}"' for name in _LAYER_COLUMNS)
-        rows = self._connection.execute(f"SELECT {names} FROM layer ORDER BY rowid")
+        rows = self._connection.execute(f"SELECT {names(_LAYER_COLUMNS)} FROM layer ORDER BY rowid")
         return [LayerRecord(*row) for row in rows]
 
     def packed_mask(self, name: str) -> bytes | None:
@@ -153,8 +128,9 @@ class RunDatabase:
 
     def refinement(self) -> list[RefinementStep]:
         """Tries of the refinement in their order."""
-        names = ", ".join(f'"{name}"' for name in _STEP_COLUMNS)
-        rows = self._connection.execute(f"SELECT {names} FROM refinement ORDER BY position, number")
+        rows = self._connection.execute(
+            f"SELECT {names(_STEP_COLUMNS)} FROM refinement ORDER BY position, number"
+        )
         return [
             replace(step, accepted=bool(step.accepted), last=bool(step.last))
             for step in (RefinementStep(*row) for row in rows)

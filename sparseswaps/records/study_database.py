@@ -10,16 +10,16 @@ import json
 import os
 import socket
 import sqlite3
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import InvalidFileError
+from .database import Database, names
 from .run import LayerRecord
 from .study import (
     LayerBoundRecord,
@@ -34,8 +34,6 @@ from .study import (
 )
 
 SCHEMA_VERSION = 3
-# Seconds that a process waits for another one's transaction.
-BUSY_TIMEOUT = 60.0
 # Seconds after the hard limit of a unit at which a claim of another machine is given up.
 CLAIM_SLACK = 120.0
 
@@ -54,11 +52,7 @@ def _columns(kind: type) -> list[str]:
     return [field.name for field in fields(kind)]
 
 
-def _names(columns: Iterable[str]) -> str:
-    return ", ".join(f'"{name}"' for name in columns)
-
-
-class StudyDatabase:
+class StudyDatabase(Database):
     """The record of one or more studies.
 
     Args:
@@ -70,24 +64,7 @@ class StudyDatabase:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        self._connection = sqlite3.connect(
-            self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
-        )
-        try:
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = NORMAL")
-            with self._transaction() as connection:
-                self._create(connection)
-        except sqlite3.DatabaseError as error:
-            self._connection.close()
-            raise InvalidFileError(
-                f"study record {path}: expected an SQLite database, found {error}"
-            ) from error
-        except InvalidFileError:
-            self._connection.close()
-            raise
+        super().__init__(self.path, "study record", synchronous="NORMAL")
 
     def _create(self, connection: sqlite3.Connection) -> None:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -107,24 +84,13 @@ class StudyDatabase:
         connection.execute("CREATE INDEX IF NOT EXISTS plan_state ON plan (state)")
         for name, (kind, key) in _TABLES.items():
             connection.execute(
-                f'CREATE TABLE IF NOT EXISTS "{name}" ({_names(_columns(kind))}, PRIMARY KEY ({key}))'
+                f'CREATE TABLE IF NOT EXISTS "{name}" ({names(_columns(kind))}, PRIMARY KEY ({key}))'
             )
         connection.execute(
-            f"CREATE TABLE IF NOT EXISTS layer (unit, {_names(_columns(LayerRecord))}, "
+            f"CREATE TABLE IF NOT EXISTS layer (unit, {names(_columns(LayerRecord))}, "
             "PRIMARY KEY (unit, name))"
         )
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._connection
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
 
     def add_plan(self, study: str, facts: Mapping[str, Any], units: Iterable[PlannedUnit]) -> None:
         """Add a study and those of its units that are not there yet."""
@@ -217,7 +183,7 @@ class StudyDatabase:
     def _insert(connection: sqlite3.Connection, table: str, records: Sequence[Any]) -> None:
         columns = _columns(_TABLES[table][0])
         connection.executemany(
-            f'INSERT OR REPLACE INTO "{table}" ({_names(columns)}) VALUES ({", ".join("?" * len(columns))})',
+            f'INSERT OR REPLACE INTO "{table}" ({names(columns)}) VALUES ({", ".join("?" * len(columns))})',
             [tuple(getattr(record, name) for name in columns) for record in records],
         )
 
@@ -261,8 +227,9 @@ class StudyDatabase:
     def read(self) -> StudyRows:
         """Everything, ordered by unit id."""
         facts = self._connection.execute("SELECT facts FROM study ORDER BY name")
-        names = _names(_columns(LayerRecord))
-        layers = self._connection.execute(f"SELECT unit, {names} FROM layer ORDER BY unit, block, name")
+        layers = self._connection.execute(
+            f"SELECT unit, {names(_columns(LayerRecord))} FROM layer ORDER BY unit, block, name"
+        )
         return StudyRows(
             tuple(json.loads(row[0]) for row in facts),
             self._read("unit", UnitRecord),
@@ -274,7 +241,7 @@ class StudyDatabase:
         )
 
     def _read(self, table: str, kind: type[Record]) -> tuple[Record, ...]:
-        query = f'SELECT {_names(_columns(kind))} FROM "{table}" ORDER BY {_TABLES[table][1]}'
+        query = f'SELECT {names(_columns(kind))} FROM "{table}" ORDER BY {_TABLES[table][1]}'
         return tuple(kind(*row) for row in self._connection.execute(query))
 
     def merge(self, other: str | os.PathLike[str]) -> int:

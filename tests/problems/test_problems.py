@@ -301,3 +301,11 @@ def test_synthetic_layers_are_seeded() -> None:
         assert not torch.equal(a.weight, c.weight)
     with pytest.raises(ss.InputError, match="unknown synthetic family"):
         ss.synthetic_layer("flat", 3, 16)
+
+
+def test_a_pattern_may_be_a_text() -> None:
+    weight, gram = torch.ones((2, 8)), torch.eye(8).double()
+    for text in ("0.5", "50%", "2:4", "layer:0.5"):
+        assert ss.LayerProblem(weight, gram, text).pattern == ss.parse_pattern(text, 8)
+    with pytest.raises(ss.InvalidPatternError, match="expected a multiple of 3 columns, found 8"):
+        ss.LayerProblem(weight, gram, "2:3")

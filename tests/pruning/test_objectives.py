@@ -406,3 +406,41 @@ def test_objectives_that_hold_windows_out(objective: str, tmp_path: Path) -> Non
     assert {layer.tokens for layer in report.layers} == {int(16 * (1 - share)) * 32}
     with pytest.raises(ss.InputError, match="expected at least one on each side"):
         prune(source, calibration=tmp_path / "text.txt", samples=2, length=32, objective="held_out=0.2")
+
+
+def test_windows_are_withheld_from_those_alone_who_can_stop(tmp_path: Path) -> None:
+    source = tiny_models.save("llama", tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(tiny_models.text(2000))
+    arguments = {"calibration": tmp_path / "text.txt", "samples": 16, "length": 32, "include": ("*.0.*",)}
+    for solver in (ss.Wanda(), ss.Tabu(), ss.Chain(ss.Wanda(), ss.Reconstruction())):
+        with pytest.raises(ss.InputError, match="held-out share is for rows that stop early"):
+            prune(source, objective="held_out=0.25", solver=solver, **arguments)
+    chain = ss.Chain(ss.OneSwap(), ss.Reconstruction())
+    chained = prune(source, objective="held_out=0.25", solver=chain, **arguments)
+    assert {layer.tokens for layer in chained.layers} == {12 * 32}
+    # weights of the final masks are fitted to all windows: nothing stops early there
+    updated = prune(source, objective="held_out=0.25", update=ss.Reconstruction(), **arguments)
+    assert {layer.tokens for layer in updated.layers} == {16 * 32}
+
+
+def test_whoever_watches_sees_every_layer_once(tmp_path: Path) -> None:
+    source = tiny_models.save("llama", tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(tiny_models.text(2000))
+    seen: list[tuple[str, float, float]] = []
+
+    def watch(problem: ss.LayerProblem, solution: ss.Solution) -> None:
+        seen.append((problem.name, solution.objective, problem.objective(solution.mask)))
+
+    report = prune(
+        source,
+        calibration=tmp_path / "text.txt",
+        samples=8,
+        length=32,
+        objective="drift=auto",
+        on_layer=watch,
+    )
+    assert [name for name, _, _ in seen] == [layer.name for layer in report.layers]
+    for (_, objective, again), layer in zip(seen, report.layers, strict=True):
+        # the layer is still dense: the problem is the one that was solved
+        assert again == pytest.approx(objective, rel=1e-12)
+        assert layer.objective * layer.output_norm == pytest.approx(objective, rel=1e-12)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import conformance
@@ -105,3 +105,13 @@ def test_time_limit_keeps_the_incumbent() -> None:
     solution = ss.solve(problem, ss.OneSwap(), budget=ss.Budget(seconds=0))
     assert solution.status is ss.Status.TIME_LIMIT
     assert solution.objective <= ss.solve(problem, ss.Wanda()).objective
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_gaps_are_computed_in_double_precision(scale: float) -> None:
+    """In single precision the objective of this layer is 0 or infinite, or its gap of 3e-9 is 0."""
+    problem = ss.synthetic_layer("correlated", 2, 8, "0.5")
+    found = ss.solve(problem, ss.BranchAndBound())
+    rows = torch.tensor([2.0, 1.0], dtype=torch.float64) * scale**2
+    scaled = replace(found, row_objectives=rows, row_bounds=rows * (1 - 3e-9))
+    assert scaled.gap == pytest.approx(3e-9, rel=1e-6)
