@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import resource
 import sys
@@ -32,6 +33,13 @@ def resident_memory() -> int:
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
     return int(peak_memory_mb() * 1e6)
+
+
+def give_back_memory() -> None:
+    """Let the C library give back to the system what it keeps of freed memory, where it can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def available_memory() -> int | None:

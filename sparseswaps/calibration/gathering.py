@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidModelError, InvalidProblemError
+from ..machine import give_back_memory
 from ..models.blocks import Block, PrunableLayer
 from ..problems import GramAccumulator
 from ..ranks import Ranks
@@ -136,6 +137,7 @@ class Flow:
                 for batch in self.own_batches():
                     self.dense.advance(batch)
             self.dense.finish_block()
+        give_back_memory()  # of all that a block's passes made and freed, little is in one piece
 
 
 def gather(

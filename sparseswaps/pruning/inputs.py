@@ -18,6 +18,7 @@ from ..models.loading import LoadedModel, load_model, resolve_device
 from .allocation import check_allocation
 from .layer_solving import patterns_of
 from .memory import Estimate, Work, estimate, require_memory
+from .objective import AUTO
 from .pipeline import check_options, with_drift_that_works, with_stated_drifts
 from .refinement import check_refinement
 from .settings import Allocation, Machine, Mode, PruneSettings
@@ -105,6 +106,7 @@ def gather_inputs(
         residual=objective.residual > 0,
         metric=objective.metric or settings.allocation is Allocation.KNAPSACK,
         one_shot=settings.mode is Mode.ONE_SHOT,
+        compared=round(objective.held_out_share * len(calibration)) if objective.drift == AUTO else 0,
         refined=settings.refine > 0,
         saved=saved,
     )

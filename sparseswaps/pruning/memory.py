@@ -22,7 +22,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ..calibration.gathering import flow_batch_size, gradient_batch_size_for
+from ..calibration.gathering import batch_size_for, flow_batch_size, gradient_batch_size_for
 from ..calibration.gradients import MOMENT_BYTES, moment_bytes, moment_groups
 from ..calibration.logits import slice_tokens, whole_windows
 from ..errors import InputError
@@ -65,6 +65,7 @@ class Work:
         residual: whether sums for residual drift are gathered.
         metric: whether the output metric is gathered.
         one_shot: whether the sums of a whole block are held at a time.
+        compared: windows on which the model's output chooses the strength of the drift.
         refined: whether masks are refined against the model's output.
         saved: whether the pruned model is saved.
     """
@@ -75,6 +76,7 @@ class Work:
     residual: bool = False
     metric: bool = False
     one_shot: bool = False
+    compared: int = 0
     refined: bool = False
     saved: bool = False
 
@@ -209,22 +211,13 @@ class _Stages:
             stages.append(self._metric())
         if self.work.refined:
             stages.append(self._refining())
-        weights = (
-            0
-            if self.offload
-            else sum(layer.weight.numel() * self._stored_size(layer) for layer in self.layers)
-        )
-        # once more on the device: one block at a time where weights stay in files
-        own = max(self._of_blocks) if self.offload else 0
         if self.on_device:
-            host = weights + max(kept for kept, _ in stages)
-            device = own + max(computed for _, computed in stages)
+            host = self._dense + max(kept for kept, _ in stages)
+            device = self._own + max(computed for _, computed in stages)
         else:
-            host = (
-                weights + COMPILER_BYTES + own + max(kept + _with_gaps(computed) for kept, computed in stages)
-            )
-            device = 0
-        return max(host, weights + self._saving(), self._loading()), device
+            most = max(kept + _with_gaps(computed) for kept, computed in stages)
+            host, device = self._dense + self._own + COMPILER_BYTES + most, 0
+        return max(host, self._dense + self._saving(), self._loading()), device
 
     @cached_property
     def layers(self) -> list[PrunableLayer]:
@@ -240,6 +233,20 @@ class _Stages:
     def stream(self) -> int:
         """Channels of the residual stream whose loss is gathered, 0 for none."""
         return self._hidden if self.work.residual else 0
+
+    @cached_property
+    def _dense(self) -> int:
+        """The copy of the dense weights in the checkpoint's dtypes; none where they stay in files."""
+        sizes = [
+            layer.weight.numel() * self.loaded.dtypes.get(layer.parameter_name, layer.weight.dtype).itemsize
+            for layer in self.layers
+        ]
+        return 0 if self.offload else sum(sizes)
+
+    @cached_property
+    def _own(self) -> int:
+        """The block that is in memory, where the others stay in files."""
+        return max(self._of_blocks) if self.offload else 0
 
     @cached_property
     def _of_blocks(self) -> list[int]:
@@ -272,10 +279,6 @@ class _Stages:
         tensors = [*self.loaded.model.named_parameters(), *self.loaded.model.named_buffers()]
         dtypes = self.loaded.dtypes
         return sum(tensor.numel() * dtypes.get(name, tensor.dtype).itemsize for name, tensor in tensors)
-
-    def _stored_size(self, layer: PrunableLayer) -> int:
-        """Bytes of a weight in the checkpoint."""
-        return self.loaded.dtypes.get(layer.parameter_name, layer.weight.dtype).itemsize
 
     def _kept(self, size: int) -> int:
         """What of so many bytes is in main memory and not in files."""
@@ -352,9 +355,12 @@ class _Stages:
             solving = 2 * sums
         solving += GRAM_BYTES * cols**2 + SEARCH_BYTES * rows * cols // self.ranks
         solving += METRIC_BYTES * rows**2 if work.metric else 0
+        if work.compared:
+            windows = min(work.compared, self._batch(batch_size_for(self._length)))
+            solving += self._forward(windows) + self._logits(windows, DIVERGENCE_BYTES)
         weights = max(sum(x.weight.numel() for x in block.layers) for block in self.blocks) * self._element
         moments = self._moments()[0] if work.metric else 0
-        outputs = self._states(len(self.windows)) if work.refined else 0
+        outputs = self._states(work.compared + (len(self.windows) if work.refined else 0))
         kept = self._kept(self._activations() + moments) + outputs
         return kept, max(gathering, solving) + 2 * weights
 

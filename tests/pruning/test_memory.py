@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import sparseswaps as ss
 from sparseswaps.calibration.logits import SLICE_ENTRIES
 from sparseswaps.calibration.store import TensorStore
 from sparseswaps.demo import MODEL
-from sparseswaps.machine import available_memory
+from sparseswaps.machine import available_memory, give_back_memory, resident_memory
 from sparseswaps.masks.file import load_masks
 from sparseswaps.models.blocks import find_blocks
 from sparseswaps.models.loading import LoadedModel
@@ -70,7 +71,7 @@ def test_estimates_grow_with_what_they_depend_on() -> None:
     assert "GB of main memory" in str(few)
 
 
-@pytest.mark.parametrize("work", [{"evaluated": 1000}, {"metric": True}, {"refined": True}])
+@pytest.mark.parametrize("work", [{"evaluated": 1000}, {"metric": True}, {"refined": True}, {"compared": 2}])
 def test_estimates_count_a_slice_of_the_logits(work: dict[str, Any]) -> None:
     few, many, more = (needs(vocabulary=size, **work) for size in (64, 1 << 17, 1 << 19))
     assert SLICE < many.host_bytes - few.host_bytes < 16 * SLICE
@@ -161,6 +162,20 @@ print(said[0].peak_bytes / 1e6, report.peak_memory_mb)
     announced, measured = map(float, done.stdout.split())
     # the bar that the estimate was made for; libraries, counted as they are, are most of it here
     assert announced == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is known to keep freed memory")
+def test_freed_memory_is_given_back() -> None:
+    size, count = 1 << 16, 3000  # too small for glibc to give back by itself where others lie between
+    pieces, between = [], []
+    for _ in range(count):
+        pieces.append(bytearray(b"x") * size)
+        between.append(bytearray(b"x") * 2000)
+    pieces.clear()
+    before = resident_memory()
+    give_back_memory()
+    assert before - resident_memory() > size * count / 2  # half: some of it may have been free already
+    assert len(between) == count
 
 
 def test_what_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
