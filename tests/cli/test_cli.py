@@ -135,7 +135,7 @@ def test_extract_solve_and_list(dense: Path, text: Path, tmp_path: Path, capsys)
     bound = json.loads(shown)
     assert code == 0
     assert 0 < bound["bound"] <= one_swap["objective"] * (1 + 1e-9)
-    limits = ["--rows", "0:4", "--time-limit", 20]
+    limits = ["--rows", "0:4", "--time-limit", 120]  # kernels are compiled within it
     code, shown, _ = run("solve", files[0], "--solver", "branch-and-bound", *limits, "--json", capsys=capsys)
     exact = json.loads(shown)
     assert code == 0
