@@ -50,7 +50,10 @@ COMMANDS = {
         "Write the report of a record: a page that needs no network, its Markdown twin, figures, CSV, LaTeX.",
     ),
     "merge": ("study", "Take the finished units of other records, for instance of other machines."),
-    "export": ("study", "Write every table of a record as CSV or Parquet."),
+    "export": (
+        "study",
+        "Write every table of a record as CSV or Parquet; Parquet files are a record that can be reported too.",
+    ),
     "zero-shot": (
         "zero_shot",
         "Zero-shot accuracy on BoolQ, RTE, HellaSwag, WinoGrande, ARC and OpenBookQA, or on other tasks.",
