@@ -52,7 +52,7 @@ COMMANDS = {
     "merge": ("study", "Take the finished units of other records, for instance of other machines."),
     "export": (
         "study",
-        "Write every table of a record as CSV or Parquet; Parquet files are a record that can be reported too.",
+        "Write every table of a record as CSV, or as Parquet files, which are a record of their own.",
     ),
     "zero-shot": (
         "zero_shot",

@@ -130,7 +130,7 @@ def export(
     out: Annotated[Path, typer.Option(help="Directory of the files.")],
     format: Annotated[Literal["csv", "parquet"], typer.Option(help="csv or parquet.")] = "csv",
 ) -> None:
-    """Write every table of a record as CSV or Parquet; Parquet files are a record that can be reported too.
+    """Write every table of a record as CSV, or as Parquet files, which are a record of their own.
 
     [bold]Example[/]
 
