@@ -148,6 +148,12 @@ def test_the_site_builds_without_warnings_and_loads_nothing_from_elsewhere(tmp_p
         loaded = re.findall(r"<(?:script|img|iframe)[^>]*\ssrc=\"([^\"]+)\"", text)
         loaded += re.findall(r"<link[^>]*rel=\"(?:stylesheet|preconnect|icon)\"[^>]*href=\"([^\"]+)\"", text)
         assert not [address for address in loaded if "//" in address], page
+    listed = (tmp_path / "site" / "published" / "index.html").read_text(encoding="utf-8")
+    for rows in (documents.ROOT / "reports" / "published").glob("*/rows"):
+        report = tmp_path / "site" / "published" / rows.parent.name
+        assert f'href="{rows.parent.name}/"' in listed
+        assert "<figure" in (report / "index.html").read_text(encoding="utf-8")
+        assert len(list(report.glob("figures/*.png"))) == len(list(report.glob("figures/*.svg"))) > 0
     reference = (tmp_path / "site" / "reference" / "solvers" / "index.html").read_text(encoding="utf-8")
     for name in ("OneSwap", "AdditiveSwap", "BranchAndBound", "max_swaps"):
         assert name in reference
