@@ -166,7 +166,7 @@ TEXTS = [documents.ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((DOCS
 def test_flags_and_values_that_documents_name_are_accepted(page: Path) -> None:
     """Not only in blocks of commands: every flag, its value, and text of a solver in running text too."""
     tried = documents.try_inline_code(page.read_text(encoding="utf-8"))
-    assert tried or page.stem in ("index", "scaling", "optimisation"), page
+    assert tried or page.stem in ("index", "optimisation", "published", "scaling"), page
 
 
 def test_inline_code_that_is_wrong_is_found() -> None:

@@ -12,8 +12,8 @@ import torch
 import sparseswaps as ss
 from sparseswaps.errors import InputError, SolverNotInstalledError
 from sparseswaps.problems.row_program import restrict, row_program
-from sparseswaps.solvers import branch_and_bound
 from sparseswaps.solvers.bounds.presolve import thinned
+from sparseswaps.solvers.exact import branch_and_bound
 
 # Each solver stops at a relative gap of 1e-6; foreign ones give their own tolerances away on top.
 GAP = 2e-6
