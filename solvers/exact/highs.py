@@ -91,6 +91,8 @@ class _Model:
         self.program = program
         self.deadline = deadline
         self.nodes = 0
+        # whoever used HiGHS in this process with other threads left a scheduler that refuses this run
+        self.library.Highs.resetGlobalScheduler(True)
         self.highs: Any = self.library.Highs()
         self.infinity = float(self.library.kHighsInf)
         for name, value in (

@@ -185,6 +185,22 @@ def test_foreign_solvers_stop_at_their_limits() -> None:
         assert solution.bound <= best.objective
 
 
+def test_highs_does_not_mind_who_used_it_before() -> None:
+    """Its scheduler is the process's own, made for the threads of whoever came first."""
+    highspy = pytest.importorskip("highspy")
+    other = highspy.Highs()
+    for option, value in (("output_flag", False), ("threads", 2), ("parallel", "on")):
+        other.setOptionValue(option, value)
+    other.addVar(0.0, 1.0)
+    other.run()
+    problem = ss.synthetic_layer("correlated", 1, 12, "0.5")
+    found = ss.solve(problem, ss.HiGHS())
+    assert found.status is ss.Status.FINISHED
+    best = ss.solve(problem, ss.Enumeration())
+    # both are exact; HiGHS stops at a relative gap of 1e-6
+    assert found.objective <= best.objective * (1 + 1e-5)
+
+
 def test_warm_start_is_never_given_up_for_something_worse() -> None:
     problem = ss.synthetic_layer("correlated", 3, 32, "0.5", seed=4)
     best = ss.solve(problem, ss.BranchAndBound())
