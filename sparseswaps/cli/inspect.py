@@ -14,10 +14,12 @@ from ..errors import InputError
 from ..evaluation.measures import is_causal
 from ..machine import versions
 from ..models.blocks import DEFAULT_EXCLUDE, check_finite, find_blocks
+from ..models.checkpoints import Trust
 from ..models.loading import load_model, resolve_device
 from ..problems.files import save_instance
 from ..pruning.pipeline import layer_problems
 from ..solvers.registry import SOLVERS
+from .options import AllowPickle, TrustRemoteCode
 from .output import console, progress_bars, quiet_libraries
 
 
@@ -37,6 +39,8 @@ def extract(
     length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the choice of windows.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write layers of a model as instance files: weights, Gram matrix of the dense model, pattern.
 
@@ -47,7 +51,7 @@ def extract(
     quiet_libraries()
     if out.exists() and not out.is_dir():
         raise InputError(f"output {out}: expected a directory, found a file")
-    loaded = load_model(model, resolve_device(device))
+    loaded = load_model(model, resolve_device(device), trust=Trust(allow_pickle, trust_remote_code))
     tokens = window_length(loaded, length)
     blocks = find_blocks(loaded.model, tuple(layers or ()), DEFAULT_EXCLUDE)
     check_finite(blocks)

@@ -20,6 +20,16 @@ from ..pruning.objective import SEARCH_DEFAULT, UNSTATED, Objective
 from ..pruning.settings import Machine, PruneSettings
 from .output import error_console
 
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle", help="Read weights in pickled files, which can run code when they are read."
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Import Python files of the checkpoint.")
+]
+
 # What each part of the objective does, and former flags of it.
 PARTS = {
     "drift": (

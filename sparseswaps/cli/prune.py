@@ -15,12 +15,13 @@ from ..evaluation.evaluate import evaluate as run_evaluate
 from ..machine import versions
 from ..masks.file import apply_masks, load_masks, verify_model
 from ..masks.saving import save_model
+from ..models.checkpoints import Trust
 from ..models.loading import load_model
 from ..progress import Progress
 from ..pruning.report import PruneReport
 from ..pruning.run import prune as run_prune
 from ..ranks import PATIENCE, Ranks, joined
-from .options import read_options, tell_of_former, with_options
+from .options import AllowPickle, TrustRemoteCode, read_options, tell_of_former, with_options
 from .output import (
     console,
     error_console,
@@ -174,6 +175,8 @@ def evaluate(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     offload: Offload = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     former_eval: Annotated[str | None, typer.Option("--eval", hidden=True)] = None,
 ) -> None:
@@ -201,6 +204,7 @@ def evaluate(
             device=device,
             dtype=dtype,
             offload=offload,
+            trust=Trust(allow_pickle, trust_remote_code),
             stage=bars.stage,
         )
     values: dict[str, object] = {
@@ -224,6 +228,8 @@ def apply(
         bool, typer.Option("--other-weights", help="Accept weights that changed since, e.g. fine-tuned.")
     ] = False,
     offload: Offload = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Put a mask file on a model and save the result.
 
@@ -234,8 +240,9 @@ def apply(
     quiet_libraries()
     if out.exists() and any(out.iterdir()):
         raise InputError(f"output {out}: expected an empty directory, found files in it")
+    trust = Trust(allow_pickle, trust_remote_code)
     file = load_masks(masks)
-    loaded = load_model(model, "cpu", "checkpoint", offload)
+    loaded = load_model(model, "cpu", "checkpoint", offload, trust=trust)
     facts = apply_masks(loaded, file, same_weights=not other_weights)
     save_model(out, loaded, file.masks, facts)
     console.print(f"{len(facts)} layers pruned, saved and verified in {out}")
@@ -248,6 +255,8 @@ def verify(
         str | None, typer.Option(help="Dense model, to compare kept weights directly.")
     ] = None,
     offload: Offload = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Prove that every layer has the pattern and that kept weights equal the dense ones bit for bit.
@@ -257,9 +266,10 @@ def verify(
     sparseswaps verify pruned
     """
     quiet_libraries()
+    trust = Trust(allow_pickle, trust_remote_code)
     file = load_masks(masks or directory)
-    loaded = load_model(directory, "cpu", "checkpoint", offload)
-    dense = None if original is None else load_model(original, "cpu", "checkpoint", offload)
+    loaded = load_model(directory, "cpu", "checkpoint", offload, trust=trust)
+    dense = None if original is None else load_model(original, "cpu", "checkpoint", offload, trust=trust)
     found = verify_model(loaded, file, dense)
     if json:
         print_json(

@@ -11,6 +11,8 @@ from rich.table import Table
 
 from ..evaluation.zero_shot import SEVEN_TASKS, ZeroShotReport
 from ..evaluation.zero_shot import zero_shot as run_zero_shot
+from ..models.checkpoints import Trust
+from .options import AllowPickle, TrustRemoteCode
 from .output import console, print_json, quiet_libraries
 
 
@@ -31,6 +33,8 @@ def zero_shot(
     batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
     out: Annotated[Path | None, typer.Option(help="JSON file of the results.")] = None,
     json: Annotated[
         bool, typer.Option("--json", help="One JSON object on standard output and nothing else.")
@@ -56,6 +60,7 @@ def zero_shot(
         batch_size=batch_size,
         device=device,
         dtype=dtype,
+        trust=Trust(allow_pickle, trust_remote_code),
         out=out,
     )
     if json:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..calibration.windows import Windows, evaluation_windows, window_length
 from ..errors import InputError
+from ..models.checkpoints import Trust
 from ..models.loading import LoadedModel, load_model, resolve_device
 from .measures import is_causal, mean_cosine
 from .quality import model_embeddings, model_perplexity
@@ -43,6 +44,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     offload: bool = False,
+    trust: Trust | None = None,
     stage: Stage | None = None,
 ) -> Evaluation:
     """Perplexity of a causal model, or cosine of an encoder's embeddings to those of a reference.
@@ -56,6 +58,7 @@ def evaluate(
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: of the computation; ``auto`` is float32 on a CPU, else the checkpoint's.
         offload: leave the weights in the checkpoint's files, one block at a time in memory.
+        trust: what of the checkpoint may run code; nothing by default.
         stage: told how far it is: (what, done, total).
 
     Raises:
@@ -64,7 +67,11 @@ def evaluate(
     target = resolve_device(device)
 
     def loaded_from(source: str | os.PathLike[str] | LoadedModel) -> LoadedModel:
-        return source if isinstance(source, LoadedModel) else load_model(source, target, dtype, offload)
+        return (
+            source
+            if isinstance(source, LoadedModel)
+            else load_model(source, target, dtype, offload, trust=trust)
+        )
 
     def report(what: str) -> Callable[[int, int], None]:
         return lambda done, total: None if stage is None else stage(what, done, total)

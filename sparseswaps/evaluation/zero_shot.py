@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, InvalidModelError, SolverNotInstalledError
+from ..models.checkpoints import Trust
 from ..models.loading import load_model, resolve_device
 from .measures import is_causal
 
@@ -89,6 +90,7 @@ def zero_shot(
     batch_size: int = 8,
     device: str = "auto",
     dtype: str = "auto",
+    trust: Trust | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> ZeroShotReport:
     """Zero-shot accuracy of a causal language model.
@@ -101,6 +103,7 @@ def zero_shot(
         batch_size: questions at a time.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: see ``models.load_model``.
+        trust: what of the checkpoint may run code; nothing by default.
         out: JSON file of the report; it appears whole or not at all.
 
     Raises:
@@ -120,7 +123,7 @@ def zero_shot(
     begin = time.perf_counter()
     manager = _task_manager(tasks, task_path)
     name = os.fspath(model)
-    loaded = load_model(name, resolve_device(device), dtype)
+    loaded = load_model(name, resolve_device(device), dtype, trust=trust)
     if not is_causal(loaded.model):
         raise InvalidModelError(
             f"model {name}: expected a causal language model, found {type(loaded.model).__name__}"

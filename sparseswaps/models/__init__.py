@@ -1,6 +1,7 @@
 """Hugging Face models: loaded, offloaded, and as blocks of prunable layers."""
 
 from .blocks import DEFAULT_EXCLUDE, Block, PrunableLayer, find_blocks, max_length, model_kind, weight_hash
+from .checkpoints import Trust
 from .loading import LoadedModel, load_model, resolve_device
 from .offload import Residence
 
@@ -10,6 +11,7 @@ __all__ = [
     "LoadedModel",
     "PrunableLayer",
     "Residence",
+    "Trust",
     "find_blocks",
     "load_model",
     "max_length",

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InvalidModelError
-from .offload import OffloadedBlocks, Residence, load_offloaded, require_accelerate, skeleton_of
+from ..errors import InputError, InvalidModelError
+from .checkpoints import (
+    Reading,
+    Source,
+    Trust,
+    choose_reading,
+    locate,
+    read_config,
+    require_whole,
+    tell_of_unread,
+    weight_options,
+)
+from .offload import OffloadedBlocks, Residence, load_offloaded, require_accelerate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +40,8 @@ class LoadedModel:
         source: path or name that it was loaded from.
         dtypes: dtype of each parameter and buffer in the checkpoint.
         residence: where the weights of its blocks are.
+        origin: where its files are, None for a model that came from none.
+        unread: tensors of the checkpoint that the model does not have.
     """
 
     model: PreTrainedModel
@@ -35,6 +49,8 @@ class LoadedModel:
     source: str
     dtypes: dict[str, torch.dtype]
     residence: Residence = field(default_factory=Residence)
+    origin: Source | None = None
+    unread: tuple[str, ...] = ()
 
     def restore_dtypes(self) -> None:
         """Cast parameters and buffers back to the dtypes of the checkpoint."""
@@ -66,67 +82,124 @@ def load_model(
     dtype: str = "auto",
     offload: bool = False,
     weights: bool = True,
+    trust: Trust | None = None,
 ) -> LoadedModel:
-    """Load a checkpoint by the architecture that its configuration names.
+    """Load a checkpoint with the class that reads all of its tensors (see ``checkpoints``).
 
     Args:
-        source: directory or hub name.
+        source: directory, ``.gguf`` file or hub name.
         device: where to put it.
         dtype: ``auto`` computes in float32 on a CPU and in the checkpoint's dtype elsewhere;
             ``checkpoint`` always in the checkpoint's; or a torch dtype's name.
         offload: leave the weights of the blocks in the checkpoint's files (see ``offload``).
         weights: without, the model is on the meta device: shapes and no values, in a moment.
+        trust: what of the checkpoint may run code; nothing by default.
 
     Raises:
         InputError: if offloading lacks a library.
-        InvalidModelError: if it is missing, damaged or not a transformers model.
+        InvalidModelError: if it is missing, damaged or not a transformers model, or lacks tensors.
     """
-    import transformers
-
-    name = os.fspath(source)
-    path = Path(name)
-    device = torch.device(device)
+    name, trust, device = os.fspath(source), trust or Trust(), torch.device(device)
     if offload:
         require_accelerate()
-    if path.exists() and not (path / "config.json").is_file():
-        raise InvalidModelError(f"model {name}: expected a directory with config.json, found none in it")
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise InvalidModelError(f"model {name}: expected an existing directory or a hub name, found neither")
-    model: Any
-    files: Mapping[str, Tensor] = {}
-    folder = ""
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        architectures = getattr(config, "architectures", None) or []
-        loader = getattr(transformers, architectures[0], None) if architectures else None
-        loader = loader or transformers.AutoModel
+    with _one_sentence(name):
+        place = locate(name, trust)
+        if place.file is not None:
+            _require_gguf(name, offload)
+        config = read_config(place, trust)
+        reading = choose_reading(place, config, trust)
+        files: Mapping[str, Tensor] = {}
+        folder = ""
+        model: Any
         if not weights:
-            model = skeleton_of(loader, config)
+            model = reading.skeleton
         elif offload:
-            model, files, folder = load_offloaded(loader, config, name, device)
+            model, files, folder = load_offloaded(
+                reading.architecture, reading.skeleton, config, name, device, weight_options(place, trust)
+            )
         else:
-            model = loader.from_pretrained(name, dtype="auto")
-    except InvalidModelError:
+            model = _in_memory(place, reading, config, trust)
+    if weights:
+        tell_of_unread(place, reading)
+    dtypes = {key: t.dtype for key, t in [*model.named_parameters(), *model.named_buffers()]}
+    model = _cast(model, dtype, device)
+    residence = OffloadedBlocks(model, files, device, folder) if files else Residence()
+    if weights and not files:
+        model = model.to(device)
+    return LoadedModel(model.eval(), _tokenizer(place, trust), name, dtypes, residence, place, reading.unread)
+
+
+@contextmanager
+def _one_sentence(name: str) -> Iterator[None]:
+    """Whatever a damaged checkpoint makes transformers raise becomes one sentence."""
+    try:
+        yield
+    except InputError:
         raise
-    except Exception as error:  # anything that a damaged checkpoint makes transformers raise
+    except Exception as error:
+        message = str(error).strip()
         raise InvalidModelError(
             f"model {name}: expected a transformers checkpoint, found {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+            f"{message.splitlines()[0] if message else 'no message'}"
         ) from error
+
+
+def _require_gguf(name: str, offload: bool) -> None:
+    if offload:
+        raise InputError(f"offloading {name}: expected a directory of safetensors, found a .gguf file")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except Exception:  # a model without a tokenizer still prunes on token files
-        tokenizer = None
-    dtypes = {key: t.dtype for key, t in [*model.named_parameters(), *model.named_buffers()]}
+        import accelerate
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"model {name}: expected the libraries gguf and accelerate, found none of one; "
+            "run pip install 'sparseswaps[gguf]'"
+        ) from error
+    del accelerate
+
+
+def _in_memory(place: Source, reading: Reading, config: Any, trust: Trust) -> Any:
+    """The model with its weights, on the CPU."""
+    options = weight_options(place, trust)
+    if place.file is None:
+        return reading.architecture.from_pretrained(place.place, config=config, dtype="auto", **options)
+    # the class's own reading of the file's configuration, whose quantisation ends here
+    model, report = reading.architecture.from_pretrained(place.place, output_loading_info=True, **options)
+    require_whole(place, Reading(reading.architecture, model, tuple(sorted(report["missing_keys"])), (), ()))
+    del model.config.quantization_config, model.hf_quantizer
+    model.is_quantized = False
+    return model
+
+
+def _cast(model: Any, dtype: str, device: torch.device) -> Any:
     if dtype == "auto":
-        model = model.float() if device.type == "cpu" else model
-    elif dtype != "checkpoint":
-        wanted = getattr(torch, dtype, None)
-        if not isinstance(wanted, torch.dtype):
-            raise InvalidModelError(f"dtype: expected auto, float32, bfloat16 or float16, found {dtype!r}")
-        model = model.to(wanted)
-    if files:
-        return LoadedModel(
-            model.eval(), tokenizer, name, dtypes, OffloadedBlocks(model, files, device, folder)
+        return model.float() if device.type == "cpu" else model
+    if dtype == "checkpoint":
+        return model
+    wanted = getattr(torch, dtype, None)
+    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
+        raise InvalidModelError(f"dtype: expected auto, float32, bfloat16 or float16, found {dtype!r}")
+    return model.to(wanted)
+
+
+def _tokenizer(place: Source, trust: Trust) -> PreTrainedTokenizerBase | None:
+    """The checkpoint's tokenizer; a model without one still prunes on token files."""
+    import transformers
+
+    try:
+        found: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+            place.place, **place.options(trust)
         )
-    return LoadedModel((model.to(device) if weights else model).eval(), tokenizer, name, dtypes)
+    except Exception as error:  # whatever a damaged file makes it raise
+        folder = place.folder
+        if folder is not None and any((folder / name).exists() for name in _TOKENIZER_FILES):
+            message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            warnings.warn(
+                f"model {place.name}: its tokenizer cannot be read ({message}); only token files can be used",
+                stacklevel=3,
+            )
+        return None
+    return found
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")

@@ -204,26 +204,25 @@ def require_accelerate() -> None:
         )
 
 
-def skeleton_of(architecture: Any, config: PretrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: shapes without values."""
-    with torch.device("meta"):
-        build = getattr(architecture, "_from_config", None) or architecture.from_config
-        model: PreTrainedModel = build(config)
-    return model
-
-
 def load_offloaded(
-    architecture: Any, config: PretrainedConfig, name: str, device: torch.device
+    architecture: Any,
+    skeleton: PreTrainedModel,
+    config: PretrainedConfig,
+    name: str,
+    device: torch.device,
+    options: Mapping[str, Any],
 ) -> tuple[PreTrainedModel, Mapping[str, Tensor], str]:
     """A model with its blocks on the meta device, their parameters in files, and the folder of some of these.
 
     The folder is the caller's to remove.
 
     Args:
-        architecture: class of the model, or transformers' ``AutoModel``.
+        architecture: class of the model.
+        skeleton: the model on the meta device.
         config: of the model.
         name: directory or hub name.
         device: of everything outside the blocks.
+        options: for ``from_pretrained``.
 
     Raises:
         InvalidModelError: if the model has no stack of blocks.
@@ -231,7 +230,6 @@ def load_offloaded(
     from accelerate.hooks import remove_hook_from_module
     from accelerate.utils import OffloadedWeightsLoader
 
-    skeleton = skeleton_of(architecture, config)
     blocks = {
         f"{stack}.{index}" for stack, modules in stacks_of(skeleton) if stack for index in range(len(modules))
     }
@@ -240,7 +238,9 @@ def load_offloaded(
     folder = tempfile.mkdtemp(prefix="sparseswaps-")
     try:
         places = _device_map(skeleton, "", blocks, str(device))
-        model = architecture.from_pretrained(name, dtype="auto", device_map=places, offload_folder=folder)
+        model = architecture.from_pretrained(
+            name, config=config, dtype="auto", device_map=places, offload_folder=folder, **options
+        )
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -83,7 +83,7 @@ def gather_inputs(
     if isinstance(model, LoadedModel):
         shapes = model
     else:
-        shapes = load_model(model, target, machine.dtype, weights=False)
+        shapes = load_model(model, target, machine.dtype, weights=False, trust=machine.trust)
     asked = replace(settings, length=window_length(shapes, settings.length))
     settings = with_stated_drifts(asked)
     calibration, evaluation = _windows(shapes, settings)
@@ -123,7 +123,11 @@ def gather_inputs(
     if announce is not None and machine.ranks.first:
         announce(needs)
     require_memory(needs, target, with_model=not given, offload=offload)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, target, machine.dtype, offload)
+    loaded = (
+        model
+        if isinstance(model, LoadedModel)
+        else load_model(model, target, machine.dtype, offload, trust=machine.trust)
+    )
     blocks = find_blocks(loaded.model, settings.include, settings.exclude)
     for block in blocks:
         with loaded.residence.resident(block):

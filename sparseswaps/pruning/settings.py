@@ -21,6 +21,7 @@ from typing import Any, Self
 from ..calibration.windows import Windows
 from ..errors import InputError
 from ..models.blocks import DEFAULT_EXCLUDE
+from ..models.checkpoints import Trust
 from ..problems.pattern import PatternRule
 from ..ranks import Ranks
 from ..solvers import Group, OneSwap, Solver, Wanda
@@ -309,7 +310,20 @@ class Machine(_Options):
         "GB of activations in main memory; the rest goes to files.",
         Kind(_perhaps(_gigabytes), sample=float),
     )
+    allow_pickle: bool = option(
+        False,
+        "Read weights in pickled files, which can run code when they are read.",
+        Kind(_truth, sample=bool),
+    )
+    trust_remote_code: bool = option(
+        False, "Import Python files of the checkpoint.", Kind(_truth, sample=bool)
+    )
     ranks: Ranks = Ranks()
+
+    @property
+    def trust(self) -> Trust:
+        """What of the checkpoint may run code."""
+        return Trust(self.allow_pickle, self.trust_remote_code)
 
 
 def split_options(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

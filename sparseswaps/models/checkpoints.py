@@ -1,0 +1,464 @@
+"""What a checkpoint holds, and which class of transformers reads it.
+
+The class is decided by the tensors and the model type. The name in ``architectures`` counts if such a class
+exists for the model type; a class with a language-model head that reads tensors which the named one drops is
+taken instead. Tensors are compared by transformers' own loading, on the meta device, which reads names and
+shapes and no values.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+
+from ..errors import InvalidModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# Transformers' tables of classes by model type: with a language-model head, with other heads, without.
+_LANGUAGE_TABLES = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+    "MODEL_FOR_MASKED_LM_MAPPING",
+)
+_OTHER_TABLES = (
+    "MODEL_FOR_PRETRAINING_MAPPING",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+    "MODEL_FOR_CTC_MAPPING",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING",
+    "MODEL_MAPPING",
+)
+# Names of remote code's classes in a configuration, in the order in which they are looked for.
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForMaskedLM",
+    "AutoModelForSequenceClassification",
+    "AutoModel",
+)
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# Buffers that old checkpoints hold and transformers computes.
+_COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What of a checkpoint may run code of whoever made it.
+
+    Attributes:
+        pickle: weights in pickled files (``pytorch_model.bin``) may be read.
+        remote_code: Python files of the checkpoint may be imported.
+    """
+
+    pickle: bool = False
+    remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint is.
+
+    Attributes:
+        name: as it was given.
+        place: directory or hub name, for transformers.
+        file: the ``.gguf`` file in it, or None.
+    """
+
+    name: str
+    place: str
+    file: str | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The directory on this machine that holds its files: that of a hub's copy too, None if unknown."""
+        if Path(self.place).is_dir():
+            return Path(self.place)
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.place, "config.json")
+        return Path(found).parent if isinstance(found, str) else None
+
+    def options(self, trust: Trust) -> dict[str, Any]:
+        """Keyword arguments of every ``from_pretrained``."""
+        named = {} if self.file is None else {"gguf_file": self.file}
+        return {**named, "trust_remote_code": trust.remote_code}
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A class of transformers on a checkpoint.
+
+    Attributes:
+        architecture: the class.
+        skeleton: the model on the meta device.
+        missing: tensors that it needs and the checkpoint lacks.
+        mismatched: tensors of another shape, with both shapes.
+        unread: tensors that the checkpoint holds and the class drops.
+    """
+
+    architecture: Any
+    skeleton: PreTrainedModel
+    missing: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    unread: tuple[str, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether every tensor of the model is in the checkpoint."""
+        return not self.missing and not self.mismatched
+
+
+def locate(name: str, trust: Trust) -> Source:
+    """Where a checkpoint is, checked as far as its files alone tell.
+
+    Raises:
+        InvalidModelError: if nothing is there, or something that is not loaded.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InvalidModelError(
+                f"model {name}: expected a directory, a .gguf file or a hub name, found a file"
+            )
+        return Source(name, str(path.parent), path.name)
+    if not path.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or not re.fullmatch(r"[\w.\-/]+", name):
+            raise InvalidModelError(
+                f"model {name}: expected an existing directory or a hub name, found neither"
+            )
+        return Source(name, name)
+    _check_adapters(name, path)
+    if not (path / "config.json").is_file():
+        raise InvalidModelError(f"model {name}: expected a directory with config.json, found none in it")
+    _check_index(name, path)
+    has_tensors = any(path.glob("*.safetensors"))
+    pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind))
+    if not has_tensors and "pytorch_model.bin" in pickled + [f"{each.split('-')[0]}.bin" for each in pickled]:
+        if not trust.pickle:
+            raise InvalidModelError(
+                f"model {name}: expected weights as safetensors, found the pickled file {pickled[0]}, which "
+                "can run code when it is read; add --allow-pickle if you trust it"
+            )
+    elif not has_tensors:
+        raise InvalidModelError(f"model {name}: expected weights as *.safetensors, found none in it")
+    return Source(name, str(path))
+
+
+def _check_adapters(name: str, path: Path) -> None:
+    adapters = [file for file in _ADAPTER_FILES if (path / file).exists()]
+    if adapters:
+        beside = "beside the model" if (path / "config.json").is_file() else "and no model"
+        raise InvalidModelError(
+            f"model {name}: expected a model without an adapter, found {adapters[0]} {beside}; merge it into "
+            "its model first (peft: merge_and_unload, then save_pretrained) or move it away"
+        )
+
+
+def _check_index(name: str, path: Path) -> None:
+    """The files of a sharded checkpoint are in its directory."""
+    index = path / "model.safetensors.index.json"
+    if not index.is_file() or (path / "model.safetensors").is_file():
+        return
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        outside = [file for file in files if Path(file).name != file]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidModelError(
+            f"model {name}: expected {index.name} with a weight_map, found {type(error).__name__}: {error}"
+        ) from error
+    if outside:
+        raise InvalidModelError(
+            f"model {name}: expected shards in its directory, found {outside[0]!r} in {index.name}"
+        )
+    for file in sorted(set(files)):
+        if not (path / file).is_file():
+            raise InvalidModelError(f"model {name}: expected the shard {file} of {index.name}, found none")
+
+
+def read_config(source: Source, trust: Trust) -> PretrainedConfig:
+    """The checkpoint's configuration.
+
+    Raises:
+        InvalidModelError: if it is quantised, or needs remote code that is not trusted.
+    """
+    import transformers
+
+    try:
+        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(
+            source.place, **source.options(trust)
+        )
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise InvalidModelError(
+            f"model {source.name}: expected a model type of transformers, found one that needs Python files "
+            "of the checkpoint; add --trust-remote-code if you trust them"
+        ) from error
+    if source.folder is not None:
+        _check_adapters(source.name, source.folder)
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is not None and source.file is None:
+        named = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+        raise InvalidModelError(
+            f"model {source.name}: expected floating-point weights, found weights quantised by "
+            f"{named.get('quant_method', 'an unnamed method')}; prune the model before it is quantised"
+        )
+    return config
+
+
+def choose_reading(source: Source, config: PretrainedConfig, trust: Trust) -> Reading:
+    """The class that reads the checkpoint, with what it finds and drops.
+
+    Raises:
+        InvalidModelError: if no class reads it, tensors are missing or have other shapes, or several classes
+            read it differently.
+    """
+    remote = _remote_class(config) if trust.remote_code else None
+    named = remote or _named_class(config)
+    if named is None:
+        return require_whole(source, _guessed(source, config, trust))
+    reading = require_whole(source, _read(source, named, config, trust))
+    if reading.unread and remote is None:
+        for other in _classes(config, _LANGUAGE_TABLES):
+            better = None if other is named else _read(source, other, config, trust)
+            if better is not None and better.whole and set(better.unread) < set(reading.unread):
+                warnings.warn(
+                    f"model {source.name}: its configuration names {named.__name__}, its tensors are those "
+                    f"of {other.__name__}, which is loaded",
+                    stacklevel=3,
+                )
+                return better
+    return reading
+
+
+def require_whole(source: Source, reading: Reading) -> Reading:
+    """``reading``, if it lacks nothing.
+
+    Raises:
+        InvalidModelError: naming the first tensors that are missing or have another shape.
+    """
+    where = f"model {source.name}, {reading.architecture.__name__}"
+    if reading.missing:
+        raise InvalidModelError(
+            f"{where}: expected all of its tensors, found none named {_some(reading.missing)}"
+        )
+    if reading.mismatched:
+        raise InvalidModelError(
+            f"{where}: expected the shapes of its configuration, found {_some(reading.mismatched)}"
+        )
+    return reading
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def tell_of_unread(source: Source, reading: Reading) -> None:
+    """One line that names the tensors which the class drops."""
+    if reading.unread:
+        warnings.warn(
+            f"model {source.name}: {reading.architecture.__name__} does not read {len(reading.unread)} "
+            f"tensors of the checkpoint ({_some(reading.unread)}); not pruned, kept when saved",
+            stacklevel=3,
+        )
+
+
+def _named_class(config: PretrainedConfig) -> Any | None:
+    """The class that ``architectures`` names, if transformers has it for this model type."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    found = getattr(transformers, names[0], None) if names and isinstance(names[0], str) else None
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        return None
+    return found if found.config_class is None or isinstance(config, found.config_class) else None
+
+
+def _remote_class(config: PretrainedConfig) -> Any | None:
+    """The automatic class behind which the checkpoint's own code is."""
+    import transformers
+
+    names = getattr(config, "auto_map", None) or {}
+    found = [name for name in _AUTO_CLASSES if name in names]
+    wanted = (getattr(config, "architectures", None) or [""])[0]
+    found.sort(key=lambda name: str(names[name]).rpartition(".")[2] != wanted)
+    return getattr(transformers, found[0]) if found else None
+
+
+def _classes(config: PretrainedConfig, tables: Iterable[str]) -> Iterator[Any]:
+    """Transformers' classes for a configuration, each once."""
+    from transformers.models.auto import modeling_auto
+
+    seen = set()
+    for table in tables:
+        mapping = getattr(modeling_auto, table, None)  # tables come and go with versions
+        found = None if mapping is None else mapping.get(type(config), None)
+        for each in found if isinstance(found, tuple) else (found,):
+            if each is not None and each not in seen:
+                seen.add(each)
+                yield each
+
+
+def _guessed(source: Source, config: PretrainedConfig, trust: Trust) -> Reading:
+    """The class for a configuration whose ``architectures`` names none that transformers has."""
+    wanted = ((getattr(config, "architectures", None) or [""])[0] or "").lower()
+    candidates = list(_classes(config, (*_LANGUAGE_TABLES, *_OTHER_TABLES)))
+    if source.file is not None:  # a language model, whose tensors have other names there
+        candidates = candidates[:1]
+    readings = [_read(source, each, config, trust) for each in candidates]
+    whole = [reading for reading in readings if reading.whole]
+    if not whole:
+        if readings:
+            return min(readings, key=lambda reading: len(reading.missing) + len(reading.mismatched))
+        raise InvalidModelError(
+            f"model {source.name}: expected a class of transformers for model type {config.model_type}, "
+            "found none"
+        )
+    fewest = min(len(reading.unread) for reading in whole)
+    best = [reading for reading in whole if len(reading.unread) == fewest]
+    best = _preferred(source, config, best, wanted)
+    shown = wanted and (getattr(config, "architectures", None) or [""])[0]
+    warnings.warn(
+        f"model {source.name}: its configuration names {shown or 'no class'}"
+        f"{', which transformers does not have' if shown else ''}; by its tensors it is loaded as "
+        f"{best[0].architecture.__name__}",
+        stacklevel=4,
+    )
+    return best[0]
+
+
+def _preferred(source: Source, config: PretrainedConfig, best: list[Reading], wanted: str) -> list[Reading]:
+    """Readings that drop equally little, the likeliest first.
+
+    A name that is spelled otherwise decides, then its ending; then names of tensors: those of a model that
+    was saved with a head begin with the prefix of the model inside it.
+    """
+
+    def ending(name: str) -> str:
+        found = re.search(r"(for[a-z0-9]+|lmheadmodel|model)$", name)
+        return found.group(1) if found else ""
+
+    prefix = f"{best[0].architecture.base_model_prefix}."
+    inside = any(key.startswith(prefix) for each in best for key in each.skeleton.state_dict())
+    headed = not inside or any(key.startswith(prefix) for key in checkpoint_tensors(source))
+    masked = not getattr(config, "is_decoder", False)
+
+    def key(reading: Reading) -> tuple[bool, bool, bool, bool]:
+        name = reading.architecture.__name__.lower()
+        return (
+            name != wanted,
+            not wanted or ending(name) != ending(wanted),
+            name.endswith("model") and not name.endswith("lmheadmodel")
+            if headed
+            else not name.endswith("model"),
+            name.endswith("formaskedlm") != masked
+            and any(other.architecture.__name__.endswith("ForMaskedLM") for other in best),
+        )
+
+    return sorted(best, key=key)
+
+
+def _read(source: Source, architecture: Any, config: PretrainedConfig, trust: Trust) -> Reading:
+    """What ``architecture`` finds in the checkpoint, by names and shapes."""
+    if source.file is not None:  # a .gguf file is read as a whole: what it lacks shows then
+        with torch.device("meta"):
+            return Reading(architecture, architecture._from_config(config), (), (), ())
+    with _silent_transformers():
+        skeleton, report = architecture.from_pretrained(
+            source.place,
+            config=config,
+            dtype="auto",
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **weight_options(source, trust),
+        )
+    return Reading(architecture, skeleton, *_differences(source, skeleton, report))
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """No report and no progress bar of a reading that may be one of several."""
+    from transformers.utils import logging
+
+    chatter: Any = logging
+    verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+    try:
+        yield
+    finally:
+        chatter.set_verbosity(verbosity)
+        if bars:
+            chatter.enable_progress_bar()
+
+
+def _differences(
+    source: Source, model: PreTrainedModel, report: dict[str, Any]
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Missing, mismatched and unread tensors by transformers' report and by what it leaves out of that."""
+    mismatched = tuple(
+        f"{name} {tuple(found)} instead of {tuple(expected)}"
+        for name, found, expected in sorted(report["mismatched_keys"])
+    )
+    # names that a class says may be dropped are left out of the report
+    patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_COMPUTED]
+    known = model.state_dict().keys()
+    prefix = f"{model.base_model_prefix}."
+    silent = {
+        key
+        for key in checkpoint_tensors(source)
+        if any(re.search(pattern, key) for pattern in patterns)
+        and not {key, prefix + key, key.removeprefix(prefix)} & known
+    }
+    return (
+        tuple(sorted(report["missing_keys"])),
+        mismatched,
+        tuple(sorted({*report["unexpected_keys"], *silent})),
+    )
+
+
+def checkpoint_tensors(source: Source) -> dict[str, Path]:
+    """The file of each tensor of a checkpoint of safetensors, by name."""
+    folder = source.folder
+    if folder is None or source.file is not None:
+        return {}
+    found: dict[str, Path] = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors that transformers reads of a directory."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [folder / name for name in sorted(names)]
+
+
+def weight_options(source: Source, trust: Trust) -> dict[str, Any]:
+    """Keyword arguments with which transformers reads weights."""
+    chosen = {} if trust.pickle or source.file is not None else {"use_safetensors": True}
+    return {**source.options(trust), **chosen}
