@@ -124,7 +124,7 @@ def _plain_name(name: str) -> str:
 
 def _hold(model: nn.Module, masks: Mapping[str, Tensor]) -> list[_Held]:
     layers = {
-        _plain_name(layer.name): layer for block in find_blocks(model, exclude=()) for layer in block.layers
+        _plain_name(layer.name): layer for block in find_blocks(model, routers=True) for layer in block.layers
     }
     held = []
     for name, mask in masks.items():

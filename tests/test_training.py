@@ -37,7 +37,9 @@ def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
-        layer.name: layer.weight.clone() for block in find_blocks(model, exclude=()) for layer in block.layers
+        layer.name: layer.weight.clone()
+        for block in find_blocks(model, routers=True)
+        for layer in block.layers
     }
 
 
@@ -82,7 +84,7 @@ def test_every_step_starts_from_the_mask(pruned: Path, tmp_path: Path) -> None:
 
     class ByHand(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            for block in find_blocks(theirs, exclude=()):
+            for block in find_blocks(theirs, routers=True):
                 for layer in block.layers:
                     layer.write(layer.weight * masks[layer.name])
 
@@ -137,7 +139,7 @@ def test_masks_are_put_on_again_after_merging_by_hand(pruned: Path, tmp_path: Pa
     file = load_masks(pruned)
     model = load_model(pruned).model
     expected = {}
-    for block in find_blocks(model, exclude=()):
+    for block in find_blocks(model, routers=True):
         for number, layer in enumerate(block.layers):
             merged = layer.weight + low_rank(layer.weight, number)
             assert bool((merged[~file.masks[layer.name]] != 0).any())
@@ -160,7 +162,7 @@ def test_the_command_prunes_a_merged_model_again(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_model(pruned, dtype="checkpoint")
-    for block in find_blocks(model.model, exclude=()):
+    for block in find_blocks(model.model, routers=True):
         for number, layer in enumerate(block.layers):
             layer.write(layer.weight + low_rank(layer.weight, number))
     model.model.save_pretrained(tmp_path / "merged")

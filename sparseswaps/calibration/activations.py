@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from ..errors import InvalidModelError
 from ..models.blocks import Block, PrunableLayer, device_of, forward_inputs, output_head
 from ..models.offload import Residence
+from .products import ExpertObserver, WeightUse, with_contracted_axes
 from .store import TensorStore
 
 Observer = Callable[[PrunableLayer, Tensor], None]
@@ -313,8 +314,20 @@ def steps_of(stream: Stream) -> list[Step]:
         else:
             steps.append(Step((tuple(members),)))
             placed.update(members)
-    steps += [Step(((layer,),), reached=False) for layer in layers if layer not in placed]
+    unreached = [layer for layer in layers if layer not in placed]
+    if (
+        not placed and unreached
+    ):  # the whole block, a tower for something else than tokens: one pass shows that
+        return [Step(tuple((layer,) for layer in unreached), reached=False)]
+    steps += [Step(((layer,),), reached=False) for layer in unreached]
     return steps
+
+
+def used_without_call(stream: Stream, layers: Sequence[PrunableLayer]) -> set[str]:
+    """Names of those of the current block's ``layers`` whose weights the first batch uses."""
+    with WeightUse(layers) as seen:
+        stream.observe(0, (), lambda _layer, _inputs: None)
+    return set(seen.used)
 
 
 def residual_writers(stream: Stream) -> list[PrunableLayer]:
@@ -414,7 +427,7 @@ def _observed(layers: Sequence[PrunableLayer], observer: Observer, stop: bool) -
     handles = [layer.module.register_forward_pre_hook(hook_of(layer), with_kwargs=True) for layer in modules]
     try:
         if experts:
-            with _ExpertObserver(experts, observer):
+            with ExpertObserver(experts, observer):
                 yield
         else:
             yield
@@ -423,23 +436,14 @@ def _observed(layers: Sequence[PrunableLayer], observer: Observer, stop: bool) -
             handle.remove()
 
 
-class _ExpertObserver(TorchFunctionMode):
-    """Sees the matrix products with single experts' weights, whatever module makes them."""
+def blocks_as_used(model: nn.Module, blocks: Sequence[Block], windows: Tensor) -> list[Block]:
+    """``blocks`` whose fused experts have the axis over which the model sums, as one window shows it."""
 
-    def __init__(self, layers: Sequence[PrunableLayer], observer: Observer) -> None:
-        super().__init__()
-        self._layers = {layer.stored.data_ptr(): layer for layer in layers}
-        self._observer = observer
+    def forward() -> None:
+        with torch.no_grad(), until_head(model), experts_one_by_one(model):
+            model(**forward_inputs(model, windows[:1].to(device_of(model))))
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        products = (nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__)
-        if func in products and len(args) > 1 and isinstance(args[1], Tensor) and args[1].ndim == 2:
-            layer = self._layers.get(args[1].data_ptr())
-            if layer is not None:
-                self._observer(layer, args[0])
-        return func(*args, **(kwargs or {}))
+    return with_contracted_axes(blocks, forward)
 
 
 @contextmanager

@@ -8,8 +8,10 @@ An expert below a threshold (the layer's width by default) gets instead
   Gram matrix of all tokens that reach the mixture, each counted as often as it is routed (calibrating every
   expert on all tokens is what the field's quantisers do with mixtures);
 - in the layers behind them, whose inputs are the expert's own: ``(1 - λ) G_e + λ diag(G_e)`` with ``λ`` the
-  share of the threshold that is missing. One token more makes a small difference; with none inputs count
-  as uncorrelated, and the mask is magnitude's.
+  share of the threshold that is missing. One token more makes a small difference.
+
+An expert that no token reaches is left dense, unless it is asked for that it be pruned (``unreached``): its
+first layers then by the Gram matrix of its mixture, those behind them by magnitude.
 """
 
 from __future__ import annotations
@@ -77,11 +79,16 @@ def fallback_gram(
 
 
 def warn_of_starved(
-    block: Block, step: Step, sums: Mapping[str, GramAccumulator], threshold: int | None
+    block: Block,
+    step: Step,
+    sums: Mapping[str, GramAccumulator],
+    threshold: int | None,
+    with_unreached: bool,
 ) -> None:
-    """One warning for all starved experts of a step."""
+    """One warning for all starved experts of a step, with those that no token reaches or without."""
     experts = [group[0] for group in step.inputs if is_expert(group[0])]
     starved = [layer for layer in experts if sums[layer.name].tokens < least_tokens(layer, threshold)]
+    starved = [layer for layer in starved if with_unreached or sums[layer.name].tokens]
     if not starved:
         return
     fewest = min(starved, key=lambda layer: sums[layer.name].tokens)

@@ -13,7 +13,7 @@ from ..calibration.windows import calibration_windows, window_length
 from ..errors import InputError
 from ..evaluation.measures import is_causal
 from ..machine import versions
-from ..models.blocks import DEFAULT_EXCLUDE, check_finite, find_blocks
+from ..models.blocks import check_finite, find_blocks
 from ..models.checkpoints import Trust
 from ..models.loading import load_model, resolve_device
 from ..problems.files import save_instance
@@ -53,7 +53,7 @@ def extract(
         raise InputError(f"output {out}: expected a directory, found a file")
     loaded = load_model(model, resolve_device(device), trust=Trust(allow_pickle, trust_remote_code))
     tokens = window_length(loaded, length)
-    blocks = find_blocks(loaded.model, tuple(layers or ()), DEFAULT_EXCLUDE)
+    blocks = find_blocks(loaded.model, tuple(layers or ()))
     check_finite(blocks)
     windows = calibration_windows(
         calibration, loaded.tokenizer, samples, tokens, seed, not is_causal(loaded.model)

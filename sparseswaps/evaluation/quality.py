@@ -87,7 +87,7 @@ def _recall(loaded: LoadedModel, windows: Tensor, size: int, store: TensorStore 
     """Blocks that each came to memory once for all batches, or None where the model may just run."""
     if not loaded.residence.offloaded:
         return None
-    blocks = find_blocks(loaded.model, exclude=())
+    blocks = find_blocks(loaded.model, routers=True)
     if not can_skip(loaded.model, blocks, windows):
         return None
     store = (store or TensorStore()).sibling()

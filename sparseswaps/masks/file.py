@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +42,7 @@ class LayerMask:
         dense_hash: SHA-256 of the dense weight in the checkpoint's dtype.
         kept_hash: SHA-256 of the weight with zeros where pruned, as it was saved.
         updated: whether the solver changed kept weights too: masks alone do not make the saved weight then.
+        transposed: whether the model stores it (cols, rows); None where its module tells.
     """
 
     rows: int
@@ -52,6 +53,7 @@ class LayerMask:
     dense_hash: str
     kept_hash: str
     updated: bool = False
+    transposed: bool | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +94,11 @@ class Verification:
 
 
 def layer_mask(
-    mask: Tensor, pattern: Pattern, dense_weight: Tensor, updated: Tensor | None = None
+    mask: Tensor,
+    pattern: Pattern,
+    dense_weight: Tensor,
+    updated: Tensor | None = None,
+    transposed: bool | None = None,
 ) -> LayerMask:
     """Facts of one layer, its weights in the checkpoint's dtype.
 
@@ -101,6 +107,7 @@ def layer_mask(
         pattern: which masks are allowed.
         dense_weight: (rows, cols).
         updated: the weight that is saved (rows, cols) where a solver changed kept weights.
+        transposed: see ``LayerMask``.
     """
     kept = dense_weight.masked_fill(~mask.to(dense_weight.device), 0) if updated is None else updated
     rows, cols = dense_weight.shape
@@ -113,6 +120,7 @@ def layer_mask(
         weight_hash(dense_weight),
         weight_hash(kept),
         updated is not None,
+        transposed,
     )
 
 
@@ -185,7 +193,7 @@ def apply_masks(
     Raises:
         InvalidFileError: if a layer is missing or differs.
     """
-    layers, residence = _layers_by_name(model)
+    layers, residence = _layers_by_name(model, file)
     for name, facts in file.layers.items():
         layer = layers.get(name)
         if layer is None:
@@ -212,7 +220,11 @@ def apply_masks(
     for name, facts in file.layers.items():
         layer = layers[name]
         pattern = pattern_of(facts.keep, facts.block, facts.scope)
-        now[name] = facts if same_weights else layer_mask(file.masks[name], pattern, residence.weight(layer))
+        now[name] = (
+            facts
+            if same_weights
+            else layer_mask(file.masks[name], pattern, residence.weight(layer), transposed=facts.transposed)
+        )
         residence.change(layer, partial(_masked_by, file.masks, name))
     return now
 
@@ -229,8 +241,8 @@ def verify_model(
     Every layer must have the pattern, zeros wherever the mask prunes, and kept weights that equal
     the dense model's bit for bit (by hash; with ``original`` also directly).
     """
-    layers, residence = _layers_by_name(model)
-    originals, dense = ({}, Residence()) if original is None else _layers_by_name(original)
+    layers, residence = _layers_by_name(model, file)
+    originals, dense = ({}, Residence()) if original is None else _layers_by_name(original, file)
     problems: list[str] = []
     weights = pruned = 0
     for name, facts in file.layers.items():
@@ -268,9 +280,16 @@ def require_verified(verification: Verification, where: str) -> None:
         )
 
 
-def _layers_by_name(model: nn.Module | LoadedModel) -> tuple[dict[str, PrunableLayer], Residence]:
+def _layers_by_name(
+    model: nn.Module | LoadedModel, file: MaskFile
+) -> tuple[dict[str, PrunableLayer], Residence]:
+    """Layers of the model by name, stored as the mask file says."""
     network, residence = (
         (model.model, model.residence) if isinstance(model, LoadedModel) else (model, Residence())
     )
-    blocks = find_blocks(network, exclude=())
-    return {layer.name: layer for block in blocks for layer in block.layers}, residence
+    blocks = find_blocks(network, routers=True)
+    layers = {layer.name: layer for block in blocks for layer in block.layers}
+    for name, facts in file.layers.items():
+        if name in layers and facts.transposed is not None:
+            layers[name] = replace(layers[name], transposed=facts.transposed)
+    return layers, residence

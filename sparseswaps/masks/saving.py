@@ -155,7 +155,9 @@ def save_run(
         if not loaded.residence.offloaded:
             # exact zeros and the checkpoint's own kept weights, whatever dtype was computed in
             layer.write(masked(weight, mask) if updated is None else updated)
-        facts[layer.name] = layer_mask(mask, patterns[layer.name], weight, updated)
+        facts[layer.name] = layer_mask(
+            mask, patterns[layer.name], weight, updated, None if layer.expert is None else layer.transposed
+        )
     save_model(folder, loaded, masks, facts)
 
 

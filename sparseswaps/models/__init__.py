@@ -1,12 +1,11 @@
 """Hugging Face models: loaded, offloaded, and as blocks of prunable layers."""
 
-from .blocks import DEFAULT_EXCLUDE, Block, PrunableLayer, find_blocks, max_length, model_kind, weight_hash
+from .blocks import Block, PrunableLayer, find_blocks, max_length, model_kind, weight_hash
 from .checkpoints import Trust
 from .loading import LoadedModel, load_model, resolve_device
 from .offload import Residence
 
 __all__ = [
-    "DEFAULT_EXCLUDE",
     "Block",
     "LoadedModel",
     "PrunableLayer",

@@ -2,8 +2,8 @@
 
 Nothing here knows a model family. Blocks are the members of the outermost ``ModuleList``s that hold
 linear layers (decoder or encoder stacks); prunable are ``nn.Linear``, GPT-2's ``Conv1D`` and the
-fused three-dimensional expert weights of mixtures of experts. Embeddings, output heads and routers
-stay dense, because they are outside the stacks or excluded by name.
+fused three-dimensional expert weights of mixtures of experts. Embeddings and output heads stay dense,
+because they are outside the stacks, and so do routers (see ``routers``).
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidModelError
+from .routers import is_fused, routers_in
 
 ModelKind = Literal["causal", "seq2seq", "encoder"]
-
-# Routers choose experts: a handful of weights on which everything after them depends.
-DEFAULT_EXCLUDE = ("*router*", "*.gate", "*shared_expert_gate")
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +93,7 @@ class Block:
 
 
 def find_blocks(
-    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = DEFAULT_EXCLUDE
+    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), routers: bool = False
 ) -> list[Block]:
     """Blocks of ``model`` with their prunable layers, in module order.
 
@@ -103,6 +101,7 @@ def find_blocks(
         model: any decoder, encoder or encoder-decoder.
         include: shell patterns of layer names; empty means all.
         exclude: shell patterns of layer names that stay dense.
+        routers: whether routers, which stay dense as well, count as layers.
 
     Raises:
         InvalidModelError: if nothing prunable is found.
@@ -113,6 +112,7 @@ def find_blocks(
         for index, module in enumerate(modules):
             name = f"{stack_name}.{index}" if stack_name else str(index)
             layers = []
+            dense = set() if routers else routers_in(module, name)
             for layer in _layers_of(module, name, len(blocks)):
                 stored = layer.stored
                 # parameters of an offloaded model have no storage: there a tied one is the same object
@@ -120,6 +120,7 @@ def find_blocks(
                 identity = (place, tuple(stored.shape), int(stored.storage_offset()))
                 chosen = not include or any(fnmatch.fnmatchcase(layer.name, p) for p in include)
                 chosen &= not any(fnmatch.fnmatchcase(layer.name, p) for p in exclude)
+                chosen &= layer.name not in dense
                 # a tied weight is the same storage under a second name
                 if chosen and identity not in seen:
                     seen.add(identity)
@@ -128,7 +129,8 @@ def find_blocks(
     if not any(block.layers for block in blocks):
         raise InvalidModelError(
             f"{type(model).__name__} has no layer to prune: expected linear layers in a stack of blocks "
-            f"that match include {list(include) or ['*']} and not exclude {list(exclude)}, found none"
+            f"that match include {list(include) or ['*']} and not exclude {list(exclude)}, beside routers, "
+            "found none"
         )
     return blocks
 
@@ -150,7 +152,7 @@ def _layers_of(module: nn.Module, prefix: str, block: int) -> Iterable[PrunableL
             yield PrunableLayer(name, block, child, "weight", transposed=False)
         elif type(child).__name__ == "Conv1D" and getattr(child, "weight", None) is not None:
             yield PrunableLayer(name, block, child, "weight", transposed=True)
-        elif type(child).__name__.endswith("Experts"):
+        elif is_fused(child):
             for parameter, values in child.named_parameters(recurse=False):
                 if values.ndim == 3:
                     transposed = bool(getattr(child, "is_transposed", False))

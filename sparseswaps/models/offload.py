@@ -82,13 +82,11 @@ class OffloadedBlocks(Residence):
         self._files = files
         self._device = device
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        self._blocks = find_blocks(model, exclude=())
-        self._layers: dict[str, list[PrunableLayer]] = {}
-        self._changes: dict[str, Change] = {}
+        self._blocks = find_blocks(model, routers=True)
+        # of each parameter, by the names of the layers in it
+        self._changes: dict[str, dict[str, tuple[PrunableLayer, Change]]] = {}
         self._inside: set[str] = set()
         for block in self._blocks:
-            for layer in block.layers:
-                self._layers.setdefault(layer.parameter_name, []).append(layer)
             block.module.__dict__["forward"] = self._loaded_for(block, block.module.forward)
 
     @contextmanager
@@ -119,10 +117,9 @@ class OffloadedBlocks(Residence):
     def parameter(self, name: str, dtype: torch.dtype) -> Tensor:
         """A copy of a block's parameter with its layers as they are now, on the CPU."""
         found = self._files[name].to(dtype, copy=True)
-        for layer in self._layers.get(name, ()):
-            if layer.name in self._changes:
-                weight = layer.within(found)
-                weight.copy_(self._changes[layer.name](weight))
+        for layer, change in self._changes.get(name, {}).values():
+            weight = layer.within(found)
+            weight.copy_(change(weight))
         return found
 
     def weight(self, layer: PrunableLayer) -> Tensor:
@@ -135,14 +132,14 @@ class OffloadedBlocks(Residence):
 
     def change(self, layer: PrunableLayer, change: Change) -> None:
         """``W`` becomes ``change`` of the dense weight, instead of any change before."""
-        self._changes[layer.name] = change
+        self._changes.setdefault(layer.parameter_name, {})[layer.name] = layer, change
         if not layer.weight.is_meta:
             layer.write(change(self.dense(layer, layer.weight.dtype).to(layer.weight.device)))
 
     def restore(self, layers: Sequence[PrunableLayer], dense: Mapping[str, Tensor]) -> None:
         """``layers`` are dense again, from the next time on that they come to memory."""
         for layer in layers:
-            self._changes.pop(layer.name, None)
+            self._changes.get(layer.parameter_name, {}).pop(layer.name, None)
 
     @property
     def block_bytes(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibration.activations import blocks_as_used
 from ..calibration.windows import Windows, calibration_windows, evaluation_windows, window_length
 from ..errors import InputError, InvalidTextError
 from ..evaluation.measures import is_causal
@@ -87,7 +88,7 @@ def gather_inputs(
     asked = replace(settings, length=window_length(shapes, settings.length))
     settings = with_stated_drifts(asked)
     calibration, evaluation = _windows(shapes, settings)
-    blocks = find_blocks(shapes.model, settings.include, settings.exclude)
+    blocks = find_blocks(shapes.model, settings.include, settings.exclude, settings.prune_routers)
     patterns = patterns_of(blocks, settings.pattern)
     check_options(settings, patterns.values())
     check_allocation(settings.allocation, settings.pattern)
@@ -128,7 +129,9 @@ def gather_inputs(
         if isinstance(model, LoadedModel)
         else load_model(model, target, machine.dtype, offload, trust=machine.trust)
     )
-    blocks = find_blocks(loaded.model, settings.include, settings.exclude)
+    blocks = find_blocks(loaded.model, settings.include, settings.exclude, settings.prune_routers)
+    blocks = blocks_as_used(loaded.model, blocks, calibration.tokens)
+    patterns_of(blocks, settings.pattern)
     for block in blocks:
         with loaded.residence.resident(block):
             check_finite([block])

@@ -15,12 +15,12 @@ from ..models.blocks import Block, PrunableLayer
 from ..problems import Drift, Gram, GramAccumulator, LayerProblem, output_metric
 from ..problems.pattern import Pattern, PatternRule
 from ..ranks import Ranks
-from ..records.run import LayerRecord
+from ..records.run import DENSE, LayerRecord
 from ..solvers import Group, RowSweeps, Solution
 from ..solvers.given import Given
 from ..solvers.search.held_out_stop import with_held_out_stop
 from .objective import Objective
-from .settings import PruneSettings
+from .settings import PruneSettings, Unreached
 from .shared_rows import solve_shared
 
 
@@ -31,6 +31,7 @@ class StepSums:
     Attributes:
         calibration, held_out, checks: on calibration windows, held-out text and held-out windows.
         reading: layers of experts that read the tokens as they come.
+        uncalled: layers whose weights are used without a call of their modules.
         mixtures: sums over all experts of a mixture that were needed already.
         grams: Gram matrix of the group that is pruned, shared by its layers with all that is derived from it.
     """
@@ -39,6 +40,7 @@ class StepSums:
     held_out: dict[str, GramAccumulator]
     checks: dict[str, GramAccumulator]
     reading: set[str]
+    uncalled: set[str] = field(default_factory=set)
     mixtures: dict[str, GramAccumulator] = field(default_factory=dict)
     grams: dict[str, Gram] = field(default_factory=dict)
 
@@ -62,7 +64,10 @@ class StepSums:
 
 @dataclass(frozen=True, eq=False)
 class Solved:
-    """A layer's problem and what came out, before it is applied; ``shared`` by rows over the ranks."""
+    """A layer's problem and what came out, before it is applied; ``shared`` by rows over the ranks.
+
+    ``fallback`` says why another rule chose the mask, if one did.
+    """
 
     problem: LayerProblem
     warm: Solution
@@ -120,6 +125,10 @@ class LayerSolving:
         score = solver.group is Group.SCORE
         solution = solve_shared(problem, solver, None if score else warm.mask, ranks)
         return Solved(problem, warm, solution, strength, fallback, plain, ranks.count > 1)
+
+    def stays_dense(self, sums: GramAccumulator) -> bool:
+        """Whether a layer with these sums is left dense, since nothing is known of its inputs."""
+        return sums.tokens == 0 and self.masks is None and self.settings.unreached is Unreached.DENSE
 
     def errors(self, solved: Solved, held_out_sums: GramAccumulator | None) -> Tensor:
         """Sums over rows of: output norm, plain error before and after, the same three on held-out text."""
@@ -236,6 +245,35 @@ class LayerSolving:
         if metric is None and drift is None and self.objective.shrinkage == 0:
             return problem, problem, fallback
         return problem, replace(problem, gram=own, drift=None, metric=None), fallback
+
+
+def left_dense(layer: PrunableLayer, reason: str) -> tuple[LayerRecord, bytes]:
+    """The record of a layer of which nothing is pruned, and its mask as it is stored."""
+    rows, cols = layer.weight.shape
+    finished = LayerRecord(
+        name=layer.name,
+        block=layer.block,
+        kind=layer.kind,
+        rows=rows,
+        cols=cols,
+        pattern=DENSE,
+        sparsity=0.0,
+        tokens=0,
+        dead_channels=0,
+        output_norm=0.0,
+        error_start=0.0,
+        error=0.0,
+        objective_start=0.0,
+        objective=0.0,
+        held_out_error_start=None,
+        held_out_error=None,
+        swaps=0,
+        certified_rows=None,
+        status="left dense",
+        seconds=0.0,
+        fallback=reason,
+    )
+    return finished, pack_mask(torch.ones((rows, cols), dtype=torch.bool)).numpy().tobytes()
 
 
 def patterns_of(

@@ -20,7 +20,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ..calibration.activations import Step, Stream, can_skip, experts_one_by_one, steps_of
+from ..calibration.activations import (
+    Step,
+    Stream,
+    blocks_as_used,
+    can_skip,
+    experts_one_by_one,
+    steps_of,
+    used_without_call,
+)
 from ..calibration.dense_outputs import DenseOutputs
 from ..calibration.experts import entries, warn_of_starved
 from ..calibration.gathering import Flow, add_inputs, batch_size_for, gather, gradient_batch_size_for
@@ -37,9 +45,9 @@ from ..ranks import Ranks
 from ..records.run import LayerRecord
 from ..records.run_database import RunDatabase
 from ..solvers import Solution
-from .layer_solving import LayerSolving, Solved, StepSums, patterns_of
+from .layer_solving import LayerSolving, Solved, StepSums, left_dense, patterns_of
 from .objective import Objective
-from .settings import Mode, PruneSettings
+from .settings import Mode, PruneSettings, Unreached
 from .shared_rows import first_alone, shared_record
 
 OnLayer = Callable[[LayerProblem, Solution], None]
@@ -100,6 +108,7 @@ def prune_layers(
         InvalidModelError: for NaN or Inf in activations, naming the layer.
     """
     context = context or RunContext()
+    blocks = blocks_as_used(model, blocks, calibration)
     given = PruneSettings(PatternRule.parse(settings)) if isinstance(settings, str) else settings
     settings = with_drift_that_works(model, blocks, given, calibration, context.ranks)
     known = patterns_of(blocks, settings.pattern if patterns is None else patterns)
@@ -117,6 +126,8 @@ def prune_layers(
             sum(layer.weight.numel() for layer in layers),
         )
         job.run(calibration, held_out)
+    if context.ranks.first:
+        _tell_of_dense(database.layers())
     shapes = {layer.name: (layer.weight.shape[0], layer.weight.shape[1]) for layer in layers}
     return PackedMasks(
         {name: cols for name, (_, cols) in shapes.items()},
@@ -186,6 +197,33 @@ def check_options(settings: PruneSettings, patterns: Iterable[Pattern]) -> None:
             )
 
 
+# Why a layer is left dense.
+UNREACHED = "no calibration token reaches it"
+UNCALLED = "its weight is used without calling the module"
+
+
+def _tell_of_dense(layers: Sequence[LayerRecord]) -> None:
+    """One line for all layers that were left dense."""
+    dense = [layer for layer in layers if layer.left_dense]
+    if not dense:
+        return
+    if len(dense) == len(layers):
+        raise InvalidModelError(
+            f"calibration: expected tokens that reach the layers, found none at {dense[0].name} or any other"
+        )
+    parts = []
+    for reason in (UNREACHED, UNCALLED):
+        names = [layer.name for layer in dense if layer.fallback == reason]
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            parts.append(f"{reason}: {shown}")
+    warnings.warn(
+        f"{len(dense)} of {len(layers)} layers are left dense ({'; '.join(parts)}); --unreached magnitude prunes "
+        "them by magnitude",
+        stacklevel=3,
+    )
+
+
 def _tell_of_first_alone(settings: PruneSettings, patterns: Mapping[str, Pattern]) -> None:
     """One line where the processes cannot share the rows."""
     objective = settings.objective
@@ -216,6 +254,7 @@ def layer_problems(
         calibration: token windows (windows, length).
         residence: where the blocks' weights are; in the model by default.
     """
+    blocks = blocks_as_used(model, blocks, calibration)
     patterns = patterns_of(blocks, pattern)
     residence = residence or Residence()
     with experts_one_by_one(model):
@@ -334,13 +373,28 @@ class _Job:
                     for each in flows
                 ]
                 if self.ranks.first:
-                    warn_of_starved(block, step, sums[0], self.solving.settings.min_expert_tokens)
-                seen = StepSums(sums[0], sums[1], sums[2], reading)
+                    settings = self.solving.settings
+                    warn_of_starved(
+                        block,
+                        step,
+                        sums[0],
+                        settings.min_expert_tokens,
+                        settings.unreached is not Unreached.DENSE,
+                    )
+                seen = StepSums(sums[0], sums[1], sums[2], reading, self._uncalled(flow, step, sums[0]))
             for group in step.inputs:
                 self._prune_group(group, seen, moments, outputs)
         for each in flows:
             if each is not None:
                 each.finish_block(block, dense, advanced=one_shot and bool(steps))
+
+    def _uncalled(self, flow: Flow, step: Step, sums: Mapping[str, GramAccumulator]) -> set[str]:
+        """Layers whose weights are used although nobody calls them."""
+        leaders = [group[0] for group in step.inputs]
+        silent = [layer for layer in leaders if layer.expert is None and sums[layer.name].tokens == 0]
+        if not silent:
+            return set()
+        return self.ranks.from_first(lambda: used_without_call(flow.probe, silent))
 
     def _flow(self, windows: Tensor, skip: bool) -> Flow:
         dense = self.objective.needs_dense_stream
@@ -368,15 +422,19 @@ class _Job:
                 todo.append(layer)
                 continue
             self._apply(layer)
-            for finished in self.record.layers():
-                if finished.name == layer.name:
-                    self._report(finished)
+            finished = self.record.layer(layer.name)
+            if finished is not None:
+                self._report(finished)
         if not todo or sums is None:
             return
         leader = group[0].name
         if leader not in sums.calibration:
             raise InvalidModelError(f"layer {leader}: expected its inputs, found none")
         calibration = sums.calibration[leader]
+        if self.solving.stays_dense(calibration):
+            for layer in todo:
+                self._leave_dense(layer, UNCALLED if layer.name in sums.uncalled else UNREACHED)
+            return
         begin = time.perf_counter()
         for layer in todo:
             self.context.progress.layer_started(layer.name)
@@ -409,7 +467,15 @@ class _Job:
             seconds = alone[layer.name] + shared
             self._finish(layer, solved, calibration.tokens, sums.held_out.get(leader), seconds)
 
+    def _leave_dense(self, layer: PrunableLayer, reason: str) -> None:
+        finished, packed = left_dense(layer, reason)
+        self.record.add_layer(finished, packed)
+        self._report(finished)
+
     def _is_known(self, layer: PrunableLayer) -> bool:
+        known = self.record.layer(layer.name)
+        if known is not None and known.left_dense:
+            return True
         if self.solving.masks is not None:
             return self.record.updated_weight(layer.name) is not None
         return self.record.packed_mask(layer.name) is not None
@@ -445,7 +511,7 @@ class _Job:
         self._report(finished)
 
     def _report(self, finished: LayerRecord) -> None:
-        done = sum(layer.rows * layer.cols for layer in self.record.layers())
+        done = self.record.finished_weights()
         self.context.progress.layer_finished(finished, done, self.total_weights)
 
 

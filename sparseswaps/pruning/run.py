@@ -22,6 +22,7 @@ from ..evaluation.measures import is_causal, mean_cosine
 from ..evaluation.quality import model_embeddings, model_perplexity
 from ..machine import peak_memory_mb, versions
 from ..masks.saving import check_folder, dense_weights, hash_of_all, run_record, save_run
+from ..models.blocks import Block
 from ..models.loading import LoadedModel, resolve_device
 from ..problems.pattern import Pattern, pattern_of
 from ..progress import Progress, Silent
@@ -94,7 +95,8 @@ def prune(
         if not ranks.first:
             return ranks.from_first(_never)
         if folder is not None:
-            save_run(folder, inputs.model, inputs.layers, found.masks, found.patterns, dense, record)
+            layers = [layer for block in _without_dense(inputs.blocks, record) for layer in block.layers]
+            save_run(folder, inputs.model, layers, found.masks, found.patterns, dense, record)
             (folder / SETTINGS_FILE).write_text(str(inputs.settings), encoding="utf-8")
         report = _report(inputs, found, before, after, record, time.perf_counter() - begin)
         report = replace(report, out=None if folder is None else str(folder))
@@ -163,7 +165,7 @@ def _prune(inputs: Inputs, dense: Mapping[str, Tensor], context: RunContext) -> 
     if outputs is not None:
         masks, refinement = refine_masks(
             model,
-            blocks,
+            _without_dense(blocks, context.record),
             patterns,
             windows,
             outputs,
@@ -181,6 +183,15 @@ def _prune(inputs: Inputs, dense: Mapping[str, Tensor], context: RunContext) -> 
         updating = replace(settings, solver=settings.update, objective=objective)
         in_passes(settings=updating, calibration=windows, masks=masks)
     return _Found(masks, patterns, refinement)
+
+
+def _without_dense(blocks: Sequence[Block], record: RunDatabase) -> list[Block]:
+    """``blocks`` without the layers that were left dense."""
+    pruned = {layer.name for layer in record.layers() if not layer.left_dense}
+    return [
+        replace(block, layers=tuple(layer for layer in block.layers if layer.name in pruned))
+        for block in blocks
+    ]
 
 
 def _patterns(inputs: Inputs, context: RunContext) -> dict[str, Pattern]:
@@ -234,6 +245,7 @@ def _report(
 ) -> PruneReport:
     records = {finished.name: finished for finished in record.layers()}
     finished = tuple(records[layer.name] for layer in inputs.layers)
+    pruned = [layer for layer in finished if not layer.left_dense]
     refinement, device = found.refinement, inputs.device
     return PruneReport(
         model=inputs.model.source,
@@ -247,8 +259,8 @@ def _report(
         perplexity_pruned=after.perplexity,
         cosine=after.cosine_to(before),
         layers=finished,
-        error_start=sum(layer.error_start for layer in finished) / len(finished),
-        error=sum(layer.error for layer in finished) / len(finished),
+        error_start=sum(layer.error_start for layer in pruned) / len(pruned),
+        error=sum(layer.error for layer in pruned) / len(pruned),
         held_out_error=known_mean([layer.held_out_error for layer in finished]),
         sparsity=_pruned_share(finished),
         seconds=seconds,

@@ -20,7 +20,6 @@ from typing import Any, Self
 
 from ..calibration.windows import Windows
 from ..errors import InputError
-from ..models.blocks import DEFAULT_EXCLUDE
 from ..models.checkpoints import Trust
 from ..problems.pattern import PatternRule
 from ..ranks import Ranks
@@ -44,6 +43,13 @@ class Allocation(StrEnum):
     UNIFORM = "uniform"
     KNAPSACK = "knapsack"
     OWL = "owl"
+
+
+class Unreached(StrEnum):
+    """What becomes of layers that no calibration token reaches."""
+
+    DENSE = "dense"
+    MAGNITUDE = "magnitude"
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,12 @@ def _source(value: Any) -> Text:
 
 def _source_name(value: Text | None) -> str | None:
     return value.source if isinstance(value, Windows) else None if value is None else os.fspath(value)
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InputError(f"expected true or false, found {value!r}")
+    return value
 
 
 PATTERN = Kind(lambda value: value if isinstance(value, PatternRule) else PatternRule.parse(str(value)), str)
@@ -210,8 +222,14 @@ class PruneSettings(_Options):
         None, "Then change the kept weights: reconstruction, admm (NAME:option=value).", UPDATE
     )
     include: tuple[str, ...] = option((), "Prune only layers that match, e.g. '*mlp*'; repeatable.", NAMES)
-    exclude: tuple[str, ...] = option(
-        DEFAULT_EXCLUDE, "Keep layers dense that match, instead of routers; repeatable.", NAMES
+    exclude: tuple[str, ...] = option((), "Keep layers dense that match, beside routers; repeatable.", NAMES)
+    prune_routers: bool = option(
+        False, "Prune the routers of mixtures of experts too.", Kind(_truth, sample=bool)
+    )
+    unreached: Unreached = option(
+        Unreached.DENSE,
+        "Layers that no calibration token reaches: dense or magnitude.",
+        Kind(_choice(Unreached), str),
     )
     min_expert_tokens: int | None = option(
         None, "Experts that fewer tokens reach get a fallback; the layer's width by default.", PERHAPS_NUMBER
@@ -274,12 +292,6 @@ class PruneSettings(_Options):
 def _toml(value: Any) -> str:
     """A plain value in TOML; strings and lists are written as in JSON, which TOML reads the same."""
     return json.dumps(value, ensure_ascii=False)
-
-
-def _truth(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise InputError(f"expected true or false, found {value!r}")
-    return value
 
 
 def _gigabytes(value: Any) -> float:

@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+# The pattern of a layer of which nothing was pruned.
+DENSE = "dense"
+
+
 @dataclass(frozen=True)
 class LayerRecord:
     """One pruned layer.
@@ -21,7 +25,8 @@ class LayerRecord:
 
     Attributes:
         name: layer name; block: index of its block; kind: type inside the block.
-        rows, cols: shape of the weight; pattern: ``keep:block``; sparsity: achieved pruned share.
+        rows, cols: shape of the weight; pattern: ``keep:block``, or ``dense`` where it was left dense;
+            sparsity: achieved pruned share.
         tokens: calibration tokens that reached the layer; dead_channels: inputs that are always 0.
         output_norm: ``‖W X̂‖_F²`` on the calibration tokens, what errors are relative to.
         error_start, error: relative layer error of the warm start and of the result.
@@ -29,7 +34,7 @@ class LayerRecord:
         held_out_error_start, held_out_error: the error on held-out text, None without any.
         swaps: swaps in all; certified_rows: rows with a 1-swap certificate, None if unknown.
         status: why the solver stopped; seconds: its wall-clock time.
-        fallback: empty, or why another rule chose the mask.
+        fallback: empty, or why another rule chose the mask, or none did.
         drift: strength of the drift in the objective.
     """
 
@@ -55,6 +60,11 @@ class LayerRecord:
     seconds: float
     fallback: str = ""
     drift: float = 0.0
+
+    @property
+    def left_dense(self) -> bool:
+        """Whether nothing of it was pruned, since calibration did not reach it."""
+        return self.pattern == DENSE
 
 
 def known_mean(values: Sequence[float | None]) -> float | None:

@@ -86,6 +86,17 @@ class RunDatabase(Database):
         rows = self._connection.execute(f"SELECT {names(_LAYER_COLUMNS)} FROM layer ORDER BY rowid")
         return [LayerRecord(*row) for row in rows]
 
+    def layer(self, name: str) -> LayerRecord | None:
+        """The record of a finished layer, or None."""
+        columns = names(_LAYER_COLUMNS)
+        row = self._connection.execute(f"SELECT {columns} FROM layer WHERE name = ?", (name,)).fetchone()
+        return None if row is None else LayerRecord(*row)
+
+    def finished_weights(self) -> int:
+        """How many weights the finished layers have."""
+        row = self._connection.execute('SELECT COALESCE(SUM("rows" * cols), 0) FROM layer').fetchone()
+        return int(row[0])
+
     def packed_mask(self, name: str) -> bytes | None:
         """Mask of a finished layer, or None."""
         row = self._connection.execute("SELECT mask FROM layer WHERE name = ?", (name,)).fetchone()

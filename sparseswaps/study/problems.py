@@ -23,7 +23,7 @@ import torch
 from ..calibration.windows import calibration_windows, window_length
 from ..errors import InputError, InvalidFileError
 from ..evaluation.measures import is_causal
-from ..models.blocks import DEFAULT_EXCLUDE, find_blocks
+from ..models.blocks import find_blocks
 from ..models.loading import LoadedModel, load_model
 from ..problems import Gram, LayerProblem, Pattern, load_instance, save_instance, synthetic_layer
 from ..pruning.pipeline import layer_problems
@@ -124,7 +124,7 @@ def layers_of(
         InputError: if the model cannot be loaded or nothing matches.
     """
     loaded = _loaded(resolve_model(model, folder))
-    blocks = find_blocks(loaded.model, include, (*DEFAULT_EXCLUDE, *exclude))
+    blocks = find_blocks(loaded.model, include, exclude)
     return [
         LayerName(layer.name, layer.block, layer.kind, *map(int, layer.weight.shape))
         for block in blocks

@@ -41,6 +41,8 @@ OTHERS = {
     "update": "reconstruction:damping=0.1",
     "include": ["*mlp*"],
     "exclude": ["*q_proj"],
+    "prune_routers": True,
+    "unreached": "magnitude",
     "min_expert_tokens": 5,
 }
 
