@@ -218,8 +218,8 @@ def _tell_of_dense(layers: Sequence[LayerRecord]) -> None:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             parts.append(f"{reason}: {shown}")
     warnings.warn(
-        f"{len(dense)} of {len(layers)} layers are left dense ({'; '.join(parts)}); --unreached magnitude prunes "
-        "them by magnitude",
+        f"{len(dense)} of {len(layers)} layers are left dense ({'; '.join(parts)}); --unreached magnitude "
+        "prunes them by magnitude",
         stacklevel=3,
     )
 

@@ -22,7 +22,8 @@ class PruneReport:
         evaluation_windows: number of evaluation windows, each as long as those.
         perplexity_dense, perplexity_pruned: of causal models.
         cosine: mean cosine of pooled embeddings to the dense model's, for the others.
-        layers: one record per layer, those left dense included, which the means leave out; where kept weights were updated they are from that pass.
+        layers: one record per layer, those left dense included, which the means leave out; where kept weights
+            were updated they are from that pass.
         error_start, error, held_out_error: means over layers of the relative layer errors of the warm
             start and of the result, on calibration and on held-out text (see ``LayerRecord``).
         sparsity: pruned share of the prunable weights.

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 # The pattern of a layer of which nothing was pruned.
 DENSE = "dense"
 

@@ -55,7 +55,7 @@ def test_a_starved_expert() -> None:
     weight = model.get_submodule(EXPERTS).gate_up_proj.detach()[3].clone()
     inputs = moe_inputs(model)
     with pytest.warns(UserWarning, match=r"experts of model.layers.\d: \d of \d expert layers") as seen:
-        masks, records = run(model, mode=Mode.ONE_SHOT)
+        masks, records = run(model, mode=Mode.ONE_SHOT, unreached="magnitude")
     reached = {e: records[f"{EXPERTS}.gate_up_proj.{e}"].tokens for e in range(4)}
     assert sum(reached.values()) == 2 * windows().numel()
     starved = records[f"{EXPERTS}.gate_up_proj.3"]
@@ -80,7 +80,7 @@ def test_a_starved_expert() -> None:
 def test_the_threshold_is_an_option() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _, records = run(starving(3), min_expert_tokens=0)
+        _, records = run(starving(3), min_expert_tokens=0, unreached="magnitude")
     starved = records[f"{EXPERTS}.gate_up_proj.3"]
     assert starved.fallback == "" or "no token" in starved.fallback
     with pytest.warns(UserWarning, match="fewer calibration tokens than 1000"):
@@ -93,3 +93,24 @@ def test_well_fed_experts_use_their_own_tokens() -> None:
         warnings.simplefilter("error")
         _, records = run(tiny_models.build("mixtral"))
     assert not any(layer.fallback for layer in records.values())
+
+
+def test_an_expert_that_no_token_reaches_is_left_dense() -> None:
+    model = starving(3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.warns(UserWarning, match=r"\d of 24 layers are left dense \(no calibration token reaches "):
+        _, records = run(model, min_expert_tokens=0)
+    dense = {name: record for name, record in records.items() if record.left_dense}
+    assert f"{EXPERTS}.gate_up_proj.3" in dense
+    assert f"{EXPERTS}.down_proj.3" in dense
+    reached = [name for name in records if name not in dense]
+    for name, record in records.items():
+        assert (record.tokens == 0) == (name in dense), name
+    after = model.state_dict()
+    for name in dense:
+        parameter, _, expert = name.rpartition(".")
+        assert torch.equal(after[parameter][int(expert)], before[parameter][int(expert)])
+    for name in reached:
+        parameter, _, expert = name.rpartition(".")
+        value = after[parameter][int(expert)] if expert.isdigit() else after[f"{name}.weight"]
+        assert int((value == 0).sum()) == value.numel() // 2, name
