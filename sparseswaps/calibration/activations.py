@@ -202,36 +202,43 @@ def until_head(model: nn.Module) -> Iterator[list[Tensor]]:
 def can_skip(model: nn.Module, blocks: Sequence[Block], windows: Tensor) -> bool:
     """Whether blocks depend on earlier ones only through what those return.
 
-    One window goes through the model once as it is and once block by block; the last block of each
-    stack must return the same, up to the rounding of its dtype. Models that hand something else from block to
-    block (a cache shared between layers) do not.
+    Two windows go through the model as it is and, in turns, block by block; the last block of each stack must
+    return the same, up to the rounding of its dtype. Models that hand something else from block to block
+    (keys and values shared between layers, a state of a module) do not: they find what the other window has
+    left there, or nothing.
     """
-    window = windows[:1]
-    ends: dict[int, Any] = {}
+    batches = windows[:2].split(1)
+    ends: dict[tuple[int, int], Any] = {}
     last = {block.stack: block.module for block in blocks}
-    handles = [
-        module.register_forward_hook(lambda _m, _i, output, stack=stack: ends.__setitem__(stack, output))
-        for stack, module in last.items()
-    ]
     device = device_of(model)
+    for number, window in enumerate(batches):
+        with ExitStack() as hooks:
+            for stack, module in last.items():
+                keep = _keeping(ends, (number, stack))
+                hooks.callback(module.register_forward_hook(keep).remove)
+            with torch.no_grad(), until_head(model):
+                model(**forward_inputs(model, window.to(device)))
+    stream = Stream(model, blocks, windows[:2], 1)
     try:
-        with torch.no_grad(), until_head(model):
-            model(**forward_inputs(model, window.to(device)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    stream = Stream(model, blocks, window, 1)
-    for _ in blocks:
-        stream.advance(0)
-        stream.finish_block()
-    for stack, output in ends.items():
+        for _ in blocks:
+            for number in range(len(batches)):
+                stream.advance(number)
+            stream.finish_block()
+    except Exception:  # whatever a block raises that misses what earlier blocks left for it
+        return False
+    for place, output in ends.items():
         expected = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-        found = stream._store.tensors((0, stack))
+        found = stream._store.tensors(place)
         if len(expected) != len(found) or not all(
             _same_but_for_rounding(a.cpu(), b) for a, b in zip(expected, found, strict=True)
         ):
             return False
     return True
+
+
+def _keeping(kept: dict[tuple[int, int], Any], place: tuple[int, int]) -> Callable[..., None]:
+    """A forward hook that remembers what the module returns."""
+    return lambda _module, _inputs, output: kept.__setitem__(place, output)
 
 
 def _same_but_for_rounding(one: Tensor, other: Tensor) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from ..errors import InvalidModelError
 
 ModelKind = Literal["causal", "seq2seq", "encoder"]
+
+# What tables of learned positions are called, among the modules beside the token embeddings.
+_POSITIONS = re.compile(r"(embed_)?(position|positions|pos)(_emb\w*)?|wpe")
 
 # Routers choose experts: a handful of weights on which everything after them depends.
 DEFAULT_EXCLUDE = ("*router*", "*.gate", "*shared_expert_gate")
@@ -187,13 +191,41 @@ def vocabulary_of(model: nn.Module) -> int:
 
 
 def max_length(model: nn.Module) -> int | None:
-    """The longest window that the model's positions allow, or None if it says nothing."""
+    """The longest window of tokens that the model's positions allow, or None if it says nothing.
+
+    The smallest of what the configuration states and of what the tables of learned positions beside its token
+    embeddings hold, which may begin behind an offset or behind the padding token's position.
+    """
     config: Any = getattr(model, "config", None)
-    for name in ("max_position_embeddings", "n_positions"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    stated = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
+    lengths = [value for value in stated if isinstance(value, int) and value > 0]
+    return min(lengths + _table_lengths(model), default=None)
+
+
+def _table_lengths(model: nn.Module) -> list[int]:
+    """For each table of positions beside one of token embeddings, how many tokens it has a position for."""
+    tokens = token_embeddings(model)
+    found = []
+    for module in model.modules() if tokens is not None else ():
+        tables = {name: part for name, part in module.named_children() if isinstance(part, nn.Embedding)}
+        if tokens not in {table.num_embeddings for table in tables.values()}:
+            continue
+        for name, table in tables.items():
+            if _POSITIONS.fullmatch(name):
+                padding = -1 if table.padding_idx is None else table.padding_idx
+                found.append(table.num_embeddings - int(getattr(table, "offset", padding + 1)))
+    return found
+
+
+def token_embeddings(model: nn.Module) -> int | None:
+    """How many tokens the model has embeddings for, or None if it takes no tokens."""
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # what models without tokens have there
+        return None
+    size = getattr(table, "num_embeddings", None)
+    return size if isinstance(size, int) else None
 
 
 def check_finite(blocks: Sequence[Block]) -> None:

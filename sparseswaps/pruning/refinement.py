@@ -160,8 +160,7 @@ class _Refiner:
 
     def run(self, passes: int) -> tuple[dict[str, Tensor], Refinement]:
         groups = self._groups()
-        window = self.calibration[:1]
-        skip = can_skip(self.model, self.blocks, window)
+        skip = can_skip(self.model, self.blocks, self.calibration)
         finished = {step.position for step in self.record.refinement() if step.last}
         loss = self.dense.total(self.model)
         over_masks = passes
@@ -209,8 +208,8 @@ class _Refiner:
 
     def _groups(self) -> list[tuple[int, list[PrunableLayer]]]:
         """Layers that share an input with the number of their block, in the order of a forward pass."""
-        window = self.calibration[:1]
-        stream = Stream(self.model, self.blocks, window, 1, can_skip(self.model, self.blocks, window))
+        skip = can_skip(self.model, self.blocks, self.calibration)
+        stream = Stream(self.model, self.blocks, self.calibration[:1], 1, skip)
         groups: list[tuple[int, list[PrunableLayer]]] = []
         for number, block in enumerate(self.blocks):
             if block.layers:
