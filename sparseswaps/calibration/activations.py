@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import InvalidModelError
-from ..models.blocks import Block, PrunableLayer, device_of, forward_inputs, output_head
+from ..models.blocks import Block, PrunableLayer, device_of, output_head
+from ..models.inputs import Samples, forward_inputs
 from ..models.offload import Residence
 from .store import TensorStore
 
@@ -54,7 +55,7 @@ class Stream:
     Args:
         model: the network; its weights may change between calls.
         blocks: its blocks, in the order of ``find_blocks``.
-        windows: (windows, length) token ids.
+        windows: (windows, length) token ids, or other inputs.
         batch_size: windows per forward call.
         skip: whether finished blocks return what they returned before; otherwise the whole model runs
             every time, for models whose blocks depend on each other in other ways (``can_skip``).
@@ -65,14 +66,14 @@ class Stream:
         self,
         model: nn.Module,
         blocks: Sequence[Block],
-        windows: Tensor,
+        windows: Samples,
         batch_size: int,
         skip: bool = True,
         store: TensorStore | None = None,
     ) -> None:
         self._model = model
         self._blocks = blocks
-        self._batches = torch.split(windows, batch_size)
+        self._batches = windows.split(batch_size)
         self._skip = skip
         self._done = 0
         self._store = store or TensorStore()
@@ -199,7 +200,7 @@ def until_head(model: nn.Module) -> Iterator[list[Tensor]]:
             return
 
 
-def can_skip(model: nn.Module, blocks: Sequence[Block], windows: Tensor) -> bool:
+def can_skip(model: nn.Module, blocks: Sequence[Block], windows: Samples) -> bool:
     """Whether blocks depend on earlier ones only through what those return.
 
     Two windows go through the model as it is and, in turns, block by block; the last block of each stack must
@@ -260,7 +261,7 @@ def _same_but_for_rounding(one: Tensor, other: Tensor) -> bool:
 def stream_through(
     model: nn.Module,
     blocks: Sequence[Block],
-    windows: Tensor,
+    windows: Samples,
     batch_size: int,
     residence: Residence,
     store: TensorStore | None = None,
@@ -270,7 +271,7 @@ def stream_through(
     Args:
         model: the network as it is now.
         blocks: all its blocks, from ``find_blocks``.
-        windows: (windows, length) token ids.
+        windows: (windows, length) token ids, or other inputs.
         batch_size: windows per forward call.
         residence: where the blocks' weights are.
         store: keeps what blocks return; main memory by default.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import InvalidModelError, InvalidProblemError
 from ..machine import give_back_memory
 from ..models.blocks import Block, PrunableLayer
+from ..models.inputs import Samples
 from ..problems import GramAccumulator
 from ..ranks import Ranks
 from .activations import Step, Stream, residual_writers, steps_of
@@ -70,7 +71,7 @@ class Flow:
         cls,
         model: nn.Module,
         blocks: Sequence[Block],
-        windows: Tensor,
+        windows: Samples,
         skip: bool,
         dense: bool,
         ranks: Ranks,

@@ -219,12 +219,14 @@ def _table_lengths(model: nn.Module) -> list[int]:
 
 
 def token_embeddings(model: nn.Module) -> int | None:
-    """How many tokens the model has embeddings for, or None if it takes no tokens."""
+    """How many tokens a model that takes tokens has embeddings for, or None if it does not say so."""
     try:
-        table = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):  # what models without tokens have there
-        return None
-    size = getattr(table, "num_embeddings", None)
+        size = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # a model of several kinds of inputs
+        size = None
+    config: Any = getattr(model, "config", None)
+    if size is None and hasattr(config, "get_text_config"):
+        size = getattr(config.get_text_config(), "vocab_size", None)
     return size if isinstance(size, int) else None
 
 
@@ -248,13 +250,3 @@ def weight_hash(weight: Tensor) -> str:
     """SHA-256 of a weight's bytes, (rows, cols) row by row, in its own dtype."""
     values = weight.detach().cpu().contiguous()
     return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def forward_inputs(model: nn.Module, windows: Tensor) -> dict[str, Any]:
-    """Keyword arguments of ``model.forward`` for token windows (batch, length)."""
-    inputs: dict[str, Any] = {"input_ids": windows}
-    if model_kind(model) == "seq2seq":
-        inputs["decoder_input_ids"] = windows
-    if hasattr(getattr(model, "config", None), "use_cache"):
-        inputs["use_cache"] = False
-    return inputs

@@ -44,6 +44,7 @@ from ..calibration.gradients import checkpointed, gradient_moments, no_weight_gr
 from ..errors import InputError, InvalidModelError
 from ..masks.packing import masked, pack_mask, unpack_bytes, weight_bytes, weight_from
 from ..models.blocks import Block, PrunableLayer
+from ..models.inputs import Samples
 from ..problems import Drift, GramAccumulator, LayerProblem, output_metric
 from ..problems.metric import DAMPING
 from ..problems.pattern import Coupling, Pattern
@@ -94,7 +95,7 @@ def refine_masks(
     model: nn.Module,
     blocks: Sequence[Block],
     patterns: Mapping[str, Pattern],
-    calibration: Tensor,
+    calibration: Samples,
     dense_outputs: DenseOutputs,
     dense_weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
@@ -149,7 +150,7 @@ class _Refiner:
     model: nn.Module
     blocks: Sequence[Block]
     patterns: Mapping[str, Pattern]
-    calibration: Tensor
+    calibration: Samples
     dense: DenseOutputs
     dense_weights: Mapping[str, Tensor]
     masks: dict[str, Tensor]
