@@ -154,14 +154,14 @@ def fitted(samples: Samples, source: str, loaded: LoadedModel) -> Samples:
 def _trial(model: nn.Module, samples: Samples) -> int | str | None:
     """The positions of a sample in the model, what its forward says against it, or None if that is not known.
 
-    Some forwards look at values, which a model without weights does not have.
+    Not known is what only shows with weights: some forwards look at values, some products want other shapes.
     """
     try:
         return try_forward(model, samples)
-    except Exception as error:  # whatever a model raises for inputs that it cannot take
-        if isinstance(error, NotImplementedError) or "meta" in str(error).lower():
-            return None
+    except (AttributeError, TypeError, ValueError) as error:  # as models say what they miss
         return told(error)
+    except Exception:  # anything else, which is seen again once the weights are there
+        return None
 
 
 def told(error: Exception) -> str:
@@ -185,7 +185,7 @@ def check_forward(loaded: LoadedModel, samples: Samples, source: str) -> None:
     """
     try:
         try_forward(loaded.model, samples)
-    except Exception as error:  # as above
+    except Exception as error:  # whatever a model raises for inputs that it cannot take
         raise InvalidModelError(
             f"model {loaded.source}: expected a forward pass on the first sample of {source}, "
             f"found {told(error)}"

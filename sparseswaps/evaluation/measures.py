@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,10 +104,13 @@ def compared_output(model: nn.Module, windows: Samples) -> str:
 
 def _states(model: nn.Module, batch: Samples) -> tuple[str, Tensor]:
     base: Any = getattr(model, "base_model", model)
-    if isinstance(batch, ModelInputs):  # the head of a model may take more than the model below it
-        taken = {name: tensor for name, tensor in batch.tensors.items() if takes(base, name)}
-        batch = replace(batch, tensors=taken)
-    return output_states(base(**forward_inputs(model, batch.to(device_of(model)))), OF_ENCODER)
+    given = batch.tensors if isinstance(batch, ModelInputs) else ("input_ids",)
+    if not all(takes(base, name) for name in given):  # the head of a model may take more than what is below it
+        base = model
+    output = base(**forward_inputs(model, batch.to(device_of(model))))
+    if isinstance(output, tuple):  # what is below it may give its outputs no names
+        output = model(**forward_inputs(model, batch.to(device_of(model))))
+    return output_states(output, OF_ENCODER)
 
 
 def mean_cosine(embeddings: Tensor, reference: Tensor) -> float:

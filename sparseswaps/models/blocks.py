@@ -115,7 +115,7 @@ def find_blocks(
     seen: set[tuple[int, tuple[int, ...], int]] = set()
     for stack, (stack_name, modules) in enumerate(stacks_of(model)):
         for index, module in enumerate(modules):
-            name = f"{stack_name}.{index}" if stack_name else str(index)
+            name = "" if module is model else f"{stack_name}.{index}" if stack_name else str(index)
             layers = []
             for layer in _layers_of(module, name, len(blocks)):
                 stored = layer.stored

@@ -113,10 +113,7 @@ def load_model(
             f"model {name}: expected a transformers checkpoint, found {type(error).__name__}: "
             f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
         ) from error
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except Exception:  # a model without a tokenizer still prunes on token files
-        tokenizer = None
+    tokenizer = _tokenizer_of(name)
     dtypes = {key: t.dtype for key, t in [*model.named_parameters(), *model.named_buffers()]}
     if dtype == "auto":
         model = model.float() if device.type == "cpu" else model
@@ -130,3 +127,26 @@ def load_model(
             model.eval(), tokenizer, name, dtypes, OffloadedBlocks(model, files, device, folder)
         )
     return LoadedModel((model.to(device) if weights else model).eval(), tokenizer, name, dtypes)
+
+
+# Words that a tokenizer from files has at least.
+_LEAST_WORDS = 16
+
+
+def _tokenizer_of(name: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model, None if there is none: such a model still prunes on token files.
+
+    Where there are no files of a tokenizer, transformers makes some families' without any words, which would
+    read every text as unknown tokens.
+    """
+    import transformers
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(name)
+        files = set((getattr(tokenizer, "vocab_files_names", None) or {}).values())
+        if files and not any((Path(name) / file).is_file() for file in files):
+            words = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())
+            return tokenizer if len(words) >= _LEAST_WORDS else None
+    except Exception:  # whatever is missing or damaged
+        return None
+    return tokenizer
