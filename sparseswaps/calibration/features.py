@@ -9,6 +9,7 @@ tried on the first sample, on shapes alone where the weights are not loaded.
 from __future__ import annotations
 
 import os
+import textwrap
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..errors import InvalidModelError, InvalidTextError
-from ..models.blocks import token_embeddings
-from ..models.inputs import ModelInputs, Samples, main_input, takes, try_forward
+from ..models.blocks import device_of, token_embeddings
+from ..models.inputs import ModelInputs, Samples, forward_inputs, main_input, takes, try_forward
 from ..models.loading import LoadedModel
 
+# Characters of a library's message that are repeated.
+LONGEST_MESSAGE = 200
 # Tokens on which a model of several kinds of inputs is tried.
 TRIAL_TOKENS = 8
 
@@ -166,8 +170,8 @@ def _trial(model: nn.Module, samples: Samples) -> int | str | None:
 
 def told(error: Exception) -> str:
     """What an error of a library says, in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {textwrap.shorten(words, LONGEST_MESSAGE) or 'no message'}"
 
 
 def _about(model: nn.Module, samples: ModelInputs) -> int:
@@ -178,18 +182,37 @@ def _about(model: nn.Module, samples: ModelInputs) -> int:
 
 
 def check_forward(loaded: LoadedModel, samples: Samples, source: str) -> None:
-    """Refuse samples on which the model fails, once its weights are there.
+    """Refuse samples on which the model fails, once its weights are there, or answers at random.
 
     Raises:
         InvalidModelError: with what it says.
     """
     try:
         try_forward(loaded.model, samples)
+        alike = isinstance(samples, Tensor) or _repeats(loaded.model, samples[:1])
     except Exception as error:  # whatever a model raises for inputs that it cannot take
         raise InvalidModelError(
             f"model {loaded.source}: expected a forward pass on the first sample of {source}, "
             f"found {told(error)}"
         ) from error
+    if not alike:
+        raise InvalidModelError(
+            f"model {loaded.source}: expected the same output twice for the first sample of {source}, found "
+            "others; give what the model draws at random (such as noise) among its inputs"
+        )
+
+
+def _repeats(model: nn.Module, samples: Samples) -> bool:
+    """Whether the model makes the same of the same, but for rounding."""
+    inputs = forward_inputs(model, samples.to(device_of(model)))
+    with torch.no_grad():
+        once, again = (pytree.tree_leaves(model(**inputs)) for _ in range(2))
+    return len(once) == len(again) and all(
+        one.shape == other.shape
+        and torch.allclose(one, other, rtol=0, atol=0.01 * float(one.abs().max()), equal_nan=True)
+        for one, other in zip(once, again, strict=True)
+        if isinstance(one, Tensor) and one.is_floating_point() and one.numel()
+    )
 
 
 def _check_vocabulary(tokens: Tensor, what: str, loaded: LoadedModel) -> None:

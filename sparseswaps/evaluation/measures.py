@@ -105,7 +105,9 @@ def compared_output(model: nn.Module, windows: Samples) -> str:
 def _states(model: nn.Module, batch: Samples) -> tuple[str, Tensor]:
     base: Any = getattr(model, "base_model", model)
     given = batch.tensors if isinstance(batch, ModelInputs) else ("input_ids",)
-    if not all(takes(base, name) for name in given):  # the head of a model may take more than what is below it
+    if not all(
+        takes(base, name) for name in given
+    ):  # the head of a model may take more than what is below it
         base = model
     output = base(**forward_inputs(model, batch.to(device_of(model))))
     if isinstance(output, tuple):  # what is below it may give its outputs no names

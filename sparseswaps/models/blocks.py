@@ -208,13 +208,17 @@ def _table_lengths(model: nn.Module) -> list[int]:
     tokens = token_embeddings(model)
     found = []
     for module in model.modules() if tokens is not None else ():
-        tables = {name: part for name, part in module.named_children() if isinstance(part, nn.Embedding)}
-        if tokens not in {table.num_embeddings for table in tables.values()}:
+        tables = {name: part for name, part in module.named_children() if "Embedding" in type(part).__name__}
+        sizes = {
+            name: len(w) for name, x in tables.items() if isinstance(w := getattr(x, "weight", None), Tensor)
+        }
+        if tokens not in sizes.values():
             continue
-        for name, table in tables.items():
+        for name, size in sizes.items():
             if _POSITIONS.fullmatch(name):
-                padding = -1 if table.padding_idx is None else table.padding_idx
-                found.append(table.num_embeddings - int(getattr(table, "offset", padding + 1)))
+                padding = getattr(tables[name], "padding_idx", None)
+                offset = getattr(tables[name], "offset", 0 if padding is None else padding + 1)
+                found.append(size - int(offset))
     return found
 
 

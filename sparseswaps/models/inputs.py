@@ -94,7 +94,8 @@ def forward_inputs(model: nn.Module, samples: Samples) -> dict[str, Any]:
         if model_kind(model) == "seq2seq":
             inputs["decoder_input_ids"] = samples
     known = inspect.signature(model.forward).parameters
-    anything = any(argument.kind is argument.VAR_KEYWORD for argument in known.values())
+    named = isinstance(samples, ModelInputs)  # what makes sense of images or sound may have nothing to cache
+    anything = not named and any(argument.kind is argument.VAR_KEYWORD for argument in known.values())
     if hasattr(getattr(model, "config", None), "use_cache") and (anything or "use_cache" in known):
         inputs["use_cache"] = False
     return inputs
