@@ -155,7 +155,6 @@ OWN: dict[str, dict[str, Any]] = {
     "vjepa2": {"crop_size": IMAGE, "frames_per_clip": 4, "patch_size": 8},
     "esmc": {"num_key_value_heads": 4},
     "glm5_next_text": {"num_key_value_heads": 4},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     **{name: {"vocab_size": VOCABULARY} for name in ("wav2vec2-bert", "wav2vec2-conformer")},
 }
 
@@ -166,7 +165,7 @@ _LISTS = (
 
 
 def families() -> dict[str, str]:
-    """Every model type that has a model, with the class that stands for it: that with the head it is used with."""
+    """Every model type that has a model, with the class that stands for it: that with its usual head."""
     found: dict[str, str] = {}
     lists = [getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES") for name in _LISTS]
     encoders = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES

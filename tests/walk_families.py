@@ -1,9 +1,9 @@
-"""Every family of transformers that can be built tiny goes through prune, save, reload, and is checked by itself.
+"""Every family of transformers that can be built tiny goes through prune, save and reload, and is checked.
 
-``python tests/walk_families.py`` walks all of them and writes the table of ``docs/families.md``; the tests walk
-some. Everything is judged by plain transformers: the pruned model is read back with the class that its
-configuration names, its weights are the dense ones where the masks keep them and zero elsewhere, and its
-perplexity, or the cosine of its outputs to the dense model's, is that of the report.
+``python tests/walk_families.py`` walks all of them and writes ``docs/families.md``; the tests walk some.
+Plain transformers judges: the pruned model is read back with the class that its configuration names, its
+weights are the dense ones where the masks keep them and zero elsewhere, and its perplexity, or the cosine of
+its outputs to the dense model's, is that of the report.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,13 @@ class Walked:
 
 
 def walk(family: str, name: str, folder: Path) -> Walked:
+    """``_walk``, whatever families warn of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _walk(family, name, folder)
+
+
+def _walk(family: str, name: str, folder: Path) -> Walked:
     """Prune a tiny model of the family and check what comes of it.
 
     Args:
@@ -274,8 +283,84 @@ def _number(config: Any, *names: str) -> Any:
 
 
 def _told(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def page(walked: Sequence[Walked]) -> str:
+    """``docs/families.md``: what became of every family."""
+    pruned = [each for each in walked if each.result == "pruned"]
+    given = collections.Counter("tokens" if each.inputs == "tokens" else "other" for each in pruned)
+    lines = [
+        INTRODUCTION.format(
+            version=tf.__version__,
+            all=len(walked),
+            built=len([each for each in walked if each.result != "not built"]),
+            pruned=len(pruned),
+            tokens=given["tokens"],
+            others=given["other"],
+        ),
+        "## Pruned\n",
+        "| family | model | given | layers | measure |",
+        "|---|---|---|---|---|",
+    ]
+    for each in pruned:
+        layers, measure = each.detail.split(" layers, ")
+        lines.append(f"| {each.family} | `{each.model}` | {each.inputs} | {layers} | {measure} |")
+    for title, result, heading in (
+        ("Refused", "refused", "what it says"),
+        ("Not tried: the model does not run on inputs made without its processor", "not run", "what it says"),
+        ("Not built here", "not built", "why"),
+        ("Wrong", "wrong", "what"),
+    ):
+        found = [each for each in walked if each.result == result]
+        if found:
+            lines += [f"\n## {title}\n", f"| family | model | {heading} |", "|---|---|---|"]
+            lines += [f"| {each.family} | `{each.model}` | {_cell(each.detail)} |" for each in found]
+    return "\n".join(lines) + "\n"
+
+
+INTRODUCTION = """\
+# Families
+
+Nothing in the package knows a family by name. What was tried, with transformers {version}: a tiny random
+model of every family whose configuration lets itself be made small, {built} of {all}, was pruned (Wanda,
+50 %), saved, and read back by plain transformers. {pruned} came through, {tokens} on tokens and {others} on
+other inputs: weights are zero where the masks prune and unchanged elsewhere, and perplexity, or the cosine of
+the output to the dense model's, is what plain transformers computes of both.
+`python tests/walk_families.py` repeats it and writes this page; the tests walk some of the families.
+
+## Models that take no tokens
+
+Images and sound go in as tensors with a sample in each row, as the model's processor makes them: a
+`.safetensors` file with the arguments of the model's forward by name, or a float `.npy` file of its main
+input. `--calibration` and `--evaluation` take both.
+
+```python
+from safetensors.torch import save_file
+
+pixels = processor(images, return_tensors="pt")["pixel_values"]  # (images, channels, height, width)
+save_file({{"pixel_values": pixels}}, "images.safetensors")
+```
+
+Then `sparseswaps prune ./vit --calibration images.safetensors --evaluation others.safetensors --out pruned`.
+
+The measure of such models, and of language models that are given such a file, is the mean cosine of an
+output to the dense model's. The report names the output: `encoder_last_hidden_state` or `last_hidden_state`
+where the model has one, averaged over positions, else embeddings of samples such as `image_embeds` and
+`text_embeds`, and logits as the last resort.
+"""
+
+
+def _cell(text: str) -> str:
+    needs = re.search(r"requires the (\S+) library", text)
+    if needs:
+        return f"needs the library {needs[1]}"
+    if text.endswith("million parameters"):
+        return f"the smallest that was found has {text.removeprefix('ValueError: ')}"
+    return (
+        textwrap.shorten(text, 160).replace("|", "\\|").replace("<", "&lt;")
+        or "none of the inputs that were tried"
+    )
 
 
 class _TooLongError(Exception):
@@ -286,11 +371,10 @@ def _alarm(*_: object) -> None:
     raise _TooLongError(f"longer than {SECONDS} s")
 
 
-def main(only: list[str]) -> None:
-    """Walk all families, or those named, and print what became of each."""
+def main(only: Sequence[str]) -> None:
+    """Walk all families and write the page, or walk those named and print what became of each."""
     tf.utils.logging.set_verbosity(50)
     tf.utils.logging.disable_progress_bar()
-    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, _alarm)
     walked = []
@@ -304,21 +388,19 @@ def main(only: list[str]) -> None:
                 found = walk(family, name, Path(folder))
             except Exception as error:
                 if only:
-                    import traceback
-
                     traceback.print_exc()
                 found = Walked(family, name, "", "wrong", _told(error))
             finally:
                 signal.alarm(0)
         walked.append(found)
-        seconds = time.perf_counter() - begin
-        print(
-            *(found.family, found.model, found.inputs, found.result, found.detail),
-            f"{seconds:.1f}",
-            sep=" | ",
-            flush=True,
+        seconds = f"{time.perf_counter() - begin:.1f} s"
+        sys.stdout.write(
+            " | ".join((found.family, found.model, found.inputs, found.result, found.detail, seconds)) + "\n"
         )
-    print(dict(collections.Counter(each.result for each in walked)))
+        sys.stdout.flush()
+    sys.stdout.write(f"{dict(collections.Counter(each.result for each in walked))}\n")
+    if not only:
+        (Path(__file__).parents[1] / "docs" / "families.md").write_text(page(walked), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ computes around its blocks are the model's own business; no block is ever called
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -38,10 +39,12 @@ class Step:
     Attributes:
         inputs: groups of layers; the members of a group share their input and so one Gram matrix.
         reached: whether any token that was looked at came to them.
+        once: whether none of them is called more than once in a pass.
     """
 
     inputs: tuple[tuple[PrunableLayer, ...], ...]
     reached: bool = True
+    once: bool = True
 
     @property
     def layers(self) -> list[PrunableLayer]:
@@ -94,6 +97,7 @@ class Stream:
         advance: bool = False,
         writers: Sequence[PrunableLayer] = (),
         stream_observer: Observer | None = None,
+        once: bool = True,
     ) -> None:
         """Run one batch and tell ``observer`` what each of ``layers`` receives.
 
@@ -104,8 +108,9 @@ class Stream:
             advance: also keep what the block returns, for ``finish_block``.
             writers: layers of the current block whose output is added to something (``residual_writers``).
             stream_observer: called with each of them and what its output is added to (..., rows).
+            once: whether each of ``layers`` is called once, so that nothing is missed behind the last.
         """
-        stop = self._skip and not advance and not writers
+        stop = once and self._skip and not advance and not writers
         with ExitStack() as watching:
             watching.enter_context(_observed(layers, observer, stop))
             if writers and stream_observer is not None:
@@ -211,14 +216,19 @@ def can_skip(model: nn.Module, blocks: Sequence[Block], windows: Samples) -> boo
     batches = windows[:2].split(1)
     ends: dict[tuple[int, int], Any] = {}
     last = {block.stack: block.module for block in blocks}
+    called: set[nn.Module] = set()
     device = device_of(model)
     for number, window in enumerate(batches):
         with ExitStack() as hooks:
+            for module in {part for block in blocks for part in (block.module, *_modules_of(block))}:
+                hooks.callback(module.register_forward_hook(lambda part, *_: called.add(part)).remove)
             for stack, module in last.items():
                 keep = _keeping(ends, (number, stack))
                 hooks.callback(module.register_forward_hook(keep).remove)
             with torch.no_grad(), until_head(model):
                 model(**forward_inputs(model, window.to(device)))
+    if any(block.module not in called and called.intersection(_modules_of(block)) for block in blocks):
+        return False  # the model calls what is inside of a block and not the block
     stream = Stream(model, blocks, windows[:2], 1)
     try:
         for _ in blocks:
@@ -235,6 +245,10 @@ def can_skip(model: nn.Module, blocks: Sequence[Block], windows: Samples) -> boo
         ):
             return False
     return True
+
+
+def _modules_of(block: Block) -> list[nn.Module]:
+    return [layer.module for layer in block.layers]
 
 
 def _keeping(kept: dict[tuple[int, int], Any], place: tuple[int, int]) -> Callable[..., None]:
@@ -294,9 +308,11 @@ def steps_of(stream: Stream) -> list[Step]:
     layers = stream.current.layers
     seen: dict[tuple[Any, ...], list[PrunableLayer]] = {}
     held: list[Tensor] = []  # as long as the tensors live, their addresses are theirs alone
+    calls: Counter[PrunableLayer] = Counter()
 
     def observer(layer: PrunableLayer, inputs: Tensor) -> None:
         held.append(inputs)
+        calls[layer] += 1
         key: tuple[Any, ...]
         if layer.expert is not None:
             key = (id(layer.module), layer.parameter)
@@ -306,7 +322,7 @@ def steps_of(stream: Stream) -> list[Step]:
         if layer not in group:
             group.append(layer)
 
-    stream.observe(0, layers, observer)
+    stream.observe(0, layers, observer, once=False)
     steps = []
     placed: set[PrunableLayer] = set()
     for members in seen.values():
@@ -319,7 +335,7 @@ def steps_of(stream: Stream) -> list[Step]:
             steps.append(Step(tuple((layer,) for layer in experts)))
             placed.update(experts)
         else:
-            steps.append(Step((tuple(members),)))
+            steps.append(Step((tuple(members),), once=all(calls[layer] == 1 for layer in members)))
             placed.update(members)
     steps += [Step(((layer,),), reached=False) for layer in layers if layer not in placed]
     return steps
@@ -329,11 +345,13 @@ def residual_writers(stream: Stream) -> list[PrunableLayer]:
     """The current block's layers whose output, as wide as the block's input, is added to something as it is.
 
     These write into the residual stream (attention output, second layer of an MLP); what their output is
-    added to is the stream. Layers whose output is normed first, or goes through a router, are none.
+    added to is the stream. Layers whose output is normed first, goes through a router, or that are called
+    more than once, are none.
     """
     layers = [layer for layer in stream.current.layers if layer.expert is None]
     found: list[PrunableLayer] = []
     widths: list[int] = []
+    calls: Counter[PrunableLayer] = Counter()
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         widths.append(first_argument(args, kwargs).shape[-1])
@@ -343,11 +361,22 @@ def residual_writers(stream: Stream) -> list[PrunableLayer]:
 
     handle = stream.current.module.register_forward_pre_hook(enter, with_kwargs=True)
     try:
-        stream.observe(0, (), lambda *_: None, writers=layers, stream_observer=note)
+        stream.observe(
+            0,
+            layers,
+            lambda layer, _: calls.update([layer]),
+            writers=layers,
+            stream_observer=note,
+            once=False,
+        )
     finally:
         handle.remove()
     # an activation function may add a layer's output to a power of itself; it is wider than the stream
-    return [layer for layer in layers if layer in found and layer.weight.shape[0] == widths[0]]
+    return [
+        layer
+        for layer in layers
+        if layer in found and calls[layer] == 1 and layer.weight.shape[0] == widths[0]
+    ]
 
 
 class _AdditionObserver(TorchFunctionMode):

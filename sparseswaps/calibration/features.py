@@ -99,7 +99,9 @@ def require_tokens(loaded: LoadedModel, source: object) -> None:
     elif _more_than_text(model):
         found = _trial(model, torch.ones(1, TRIAL_TOKENS, dtype=torch.int64))
         if isinstance(found, str):
-            reason = f"which takes more than tokens ({found})"
+            parts = {main_input(part) for part in model.modules() if hasattr(part, "main_input_name")}
+            others = sorted(name for name in parts - {"input_ids"} if takes(model, name))
+            reason = f"which takes {' and '.join(others) or f'more ({found})'} beside tokens"
     if reason:
         alone = "" if main == "input_ids" else f", or a float .npy file of {main}"
         raise InvalidTextError(

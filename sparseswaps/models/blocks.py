@@ -138,12 +138,17 @@ def find_blocks(
 
 
 def stacks_of(model: nn.Module) -> list[tuple[str, Sequence[nn.Module]]]:
-    """Outermost lists of blocks that hold linear layers; the whole model as one block if none."""
+    """Outermost lists of blocks that hold linear layers; the whole model as one block if none.
+
+    A list of lists is no stack, for nobody calls its members; those are stacks.
+    """
     stacks: list[tuple[str, Sequence[nn.Module]]] = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer, _ in stacks):
             continue
-        if isinstance(module, nn.ModuleList) and any(True for _ in _layers_of(module, name, 0)):
+        if not isinstance(module, nn.ModuleList) or any(isinstance(part, nn.ModuleList) for part in module):
+            continue
+        if any(True for _ in _layers_of(module, name, 0)):
             stacks.append((name, list(module)))
     return stacks or [("", [model])]
 
