@@ -53,24 +53,24 @@ class Walked:
     detail: str
 
 
-def walk(family: str, name: str, folder: Path) -> Walked:
-    """``_walk``, whatever families warn of."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return _walk(family, name, folder)
-
-
-def _walk(family: str, name: str, folder: Path) -> Walked:
+def walk(family: str, name: str, folder: Path, solver: str = "wanda") -> Walked:
     """Prune a tiny model of the family and check what comes of it.
 
     Args:
         family: model type.
         name: the class that stands for it.
         folder: an empty one.
+        solver: chooses the masks.
 
     Raises:
         AssertionError: if something is wrong.
     """
+    with warnings.catch_warnings():  # whatever families warn of
+        warnings.simplefilter("ignore")
+        return _walk(family, name, folder, solver)
+
+
+def _walk(family: str, name: str, folder: Path, solver: str) -> Walked:
     try:
         model = tiny_families.build(family, name)
     except Exception as error:  # whatever transformers raises for a configuration, a library that is missing
@@ -92,7 +92,7 @@ def _walk(family: str, name: str, folder: Path) -> Walked:
         report = ss.prune(
             folder / "dense",
             "0.5",
-            solver="wanda",
+            solver=solver,
             calibration=source,
             evaluation=source,
             samples=SAMPLES,
@@ -295,6 +295,7 @@ def page(walked: Sequence[Walked]) -> str:
             version=tf.__version__,
             all=len(walked),
             built=len([each for each in walked if each.result != "not built"]),
+            tried=len([each for each in walked if each.result not in ("not built", "not run")]),
             pruned=len(pruned),
             tokens=given["tokens"],
             others=given["other"],
@@ -322,11 +323,12 @@ def page(walked: Sequence[Walked]) -> str:
 INTRODUCTION = """\
 # Families
 
-Nothing in the package knows a family by name. What was tried, with transformers {version}: a tiny random
-model of every family whose configuration lets itself be made small, {built} of {all}, was pruned (Wanda,
-50 %), saved, and read back by plain transformers. {pruned} came through, {tokens} on tokens and {others} on
-other inputs: weights are zero where the masks prune and unchanged elsewhere, and perplexity, or the cosine of
-the output to the dense model's, is what plain transformers computes of both.
+Nothing in the package knows a family by name. What was tried, with transformers {version}: of {all} families
+{built} have a configuration that lets itself be made small, and {tried} of these run on random inputs. A tiny
+random model of each was pruned (Wanda, 50 %), saved, and read back by plain transformers. {pruned} came
+through, {tokens} on tokens and {others} on other inputs: weights are zero where the masks prune and unchanged
+elsewhere, and perplexity, or the cosine of the output to the dense model's, is what plain transformers computes
+of both.
 `python tests/walk_families.py` repeats it and writes this page; the tests walk some of the families.
 
 ## Models that take no tokens
@@ -357,10 +359,10 @@ def _cell(text: str) -> str:
         return f"needs the library {needs[1]}"
     if text.endswith("million parameters"):
         return f"the smallest that was found has {text.removeprefix('ValueError: ')}"
-    return (
-        textwrap.shorten(text, 160).replace("|", "\\|").replace("<", "&lt;")
-        or "none of the inputs that were tried"
-    )
+    short = textwrap.shorten(text, 160, placeholder=" ...")
+    for sign, name in (("|", "&#124;"), ("<", "&lt;"), ("[", "&#91;"), ("*", "&#42;")):
+        short = short.replace(sign, name)
+    return short or "none of the inputs that were tried"
 
 
 class _TooLongError(Exception):

@@ -1,4 +1,7 @@
-"""Families of every kind go through the whole; ``walk_families.py`` walks all of them and writes the page."""
+"""Families of every kind go through the whole, with the default search and drift.
+
+``walk_families.py`` walks all of them, with Wanda, and writes the page.
+"""
 
 import re
 from pathlib import Path
@@ -22,7 +25,7 @@ FAMILIES = (
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pruned_saved_reloaded_and_measured_by_plain_transformers(family: str, tmp_path: Path) -> None:
-    found = walk_families.walk(family, tiny_families.families()[family], tmp_path)
+    found = walk_families.walk(family, tiny_families.families()[family], tmp_path, "one-swap")
     assert found.result == "pruned", found
     # what the page says of it
     layers, measure = found.detail.split(" layers, ")
