@@ -327,8 +327,8 @@ Nothing in the package knows a family by name. What was tried, with transformers
 {built} have a configuration that lets itself be made small, and {tried} of these run on random inputs. A tiny
 random model of each was pruned (Wanda, 50 %), saved, and read back by plain transformers. {pruned} came
 through, {tokens} on tokens and {others} on other inputs: weights are zero where the masks prune and unchanged
-elsewhere, and perplexity, or the cosine of the output to the dense model's, is what plain transformers computes
-of both.
+elsewhere, and perplexity, or the cosine of the output to the dense model's, is what plain transformers
+computes of both.
 `python tests/walk_families.py` repeats it and writes this page; the tests walk some of the families.
 
 ## Models that take no tokens
