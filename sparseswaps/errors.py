@@ -5,7 +5,7 @@
     │   ├── InvalidPatternError            a sparsity pattern that does not exist or does not fit
     │   ├── InvalidProblemError            weights, Gram matrix, drift or mask that do not fit
     │   ├── InvalidModelError              a checkpoint or model that cannot be pruned
-    │   ├── InvalidTextError               calibration or evaluation text that cannot be used
+    │   ├── InvalidTextError               a text or inputs that cannot be used
     │   └── InvalidFileError               a mask, instance or record file that cannot be used
     ├── SolverNotInstalledError            the library behind a solver is missing
     ├── UnsupportedProblemError            the solver does not cover this kind of problem
@@ -57,7 +57,7 @@ class InvalidModelError(InputError):
 
 
 class InvalidTextError(InputError):
-    """Calibration or evaluation text that cannot be used."""
+    """A text, or inputs of calibration or evaluation, that cannot be used."""
 
 
 class InvalidFileError(InputError):

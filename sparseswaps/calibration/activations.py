@@ -8,6 +8,7 @@ computes around its blocks are the model's own business; no block is ever called
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import InvalidModelError
-from ..models.blocks import Block, PrunableLayer, device_of, forward_inputs, output_head
+from ..models.blocks import Block, PrunableLayer, device_of, output_head
+from ..models.inputs import Samples, forward_inputs
 from ..models.offload import Residence
 from .products import ExpertObserver, WeightUse, with_contracted_axes
 from .store import TensorStore
@@ -38,10 +40,12 @@ class Step:
     Attributes:
         inputs: groups of layers; the members of a group share their input and so one Gram matrix.
         reached: whether any token that was looked at came to them.
+        once: whether none of them is called more than once in a pass.
     """
 
     inputs: tuple[tuple[PrunableLayer, ...], ...]
     reached: bool = True
+    once: bool = True
 
     @property
     def layers(self) -> list[PrunableLayer]:
@@ -55,7 +59,7 @@ class Stream:
     Args:
         model: the network; its weights may change between calls.
         blocks: its blocks, in the order of ``find_blocks``.
-        windows: (windows, length) token ids.
+        windows: (windows, length) token ids, or other inputs.
         batch_size: windows per forward call.
         skip: whether finished blocks return what they returned before; otherwise the whole model runs
             every time, for models whose blocks depend on each other in other ways (``can_skip``).
@@ -66,14 +70,14 @@ class Stream:
         self,
         model: nn.Module,
         blocks: Sequence[Block],
-        windows: Tensor,
+        windows: Samples,
         batch_size: int,
         skip: bool = True,
         store: TensorStore | None = None,
     ) -> None:
         self._model = model
         self._blocks = blocks
-        self._batches = torch.split(windows, batch_size)
+        self._batches = windows.split(batch_size)
         self._skip = skip
         self._done = 0
         self._store = store or TensorStore()
@@ -94,6 +98,7 @@ class Stream:
         advance: bool = False,
         writers: Sequence[PrunableLayer] = (),
         stream_observer: Observer | None = None,
+        once: bool = True,
     ) -> None:
         """Run one batch and tell ``observer`` what each of ``layers`` receives.
 
@@ -104,8 +109,9 @@ class Stream:
             advance: also keep what the block returns, for ``finish_block``.
             writers: layers of the current block whose output is added to something (``residual_writers``).
             stream_observer: called with each of them and what its output is added to (..., rows).
+            once: whether each of ``layers`` is called once, so that nothing is missed behind the last.
         """
-        stop = self._skip and not advance and not writers
+        stop = once and self._skip and not advance and not writers
         with ExitStack() as watching:
             watching.enter_context(_observed(layers, observer, stop))
             if writers and stream_observer is not None:
@@ -200,39 +206,55 @@ def until_head(model: nn.Module) -> Iterator[list[Tensor]]:
             return
 
 
-def can_skip(model: nn.Module, blocks: Sequence[Block], windows: Tensor) -> bool:
+def can_skip(model: nn.Module, blocks: Sequence[Block], windows: Samples) -> bool:
     """Whether blocks depend on earlier ones only through what those return.
 
-    One window goes through the model once as it is and once block by block; the last block of each
-    stack must return the same, up to the rounding of its dtype. Models that hand something else from block to
-    block (a cache shared between layers) do not.
+    Two windows go through the model as it is and, in turns, block by block; the last block of each stack must
+    return the same, up to the rounding of its dtype. Models that hand something else from block to block
+    (keys and values shared between layers, a state of a module) do not: they find what the other window has
+    left there, or nothing.
     """
-    window = windows[:1]
-    ends: dict[int, Any] = {}
+    batches = windows[:2].split(1)
+    ends: dict[tuple[int, int], Any] = {}
     last = {block.stack: block.module for block in blocks}
-    handles = [
-        module.register_forward_hook(lambda _m, _i, output, stack=stack: ends.__setitem__(stack, output))
-        for stack, module in last.items()
-    ]
+    called: set[nn.Module] = set()
     device = device_of(model)
+    for number, window in enumerate(batches):
+        with ExitStack() as hooks:
+            for module in {part for block in blocks for part in (block.module, *_modules_of(block))}:
+                hooks.callback(module.register_forward_hook(lambda part, *_: called.add(part)).remove)
+            for stack, module in last.items():
+                keep = _keeping(ends, (number, stack))
+                hooks.callback(module.register_forward_hook(keep).remove)
+            with torch.no_grad(), until_head(model):
+                model(**forward_inputs(model, window.to(device)))
+    if any(block.module not in called and called.intersection(_modules_of(block)) for block in blocks):
+        return False  # the model calls what is inside of a block and not the block
+    stream = Stream(model, blocks, windows[:2], 1)
     try:
-        with torch.no_grad(), until_head(model):
-            model(**forward_inputs(model, window.to(device)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    stream = Stream(model, blocks, window, 1)
-    for _ in blocks:
-        stream.advance(0)
-        stream.finish_block()
-    for stack, output in ends.items():
+        for _ in blocks:
+            for number in range(len(batches)):
+                stream.advance(number)
+            stream.finish_block()
+    except Exception:  # whatever a block raises that misses what earlier blocks left for it
+        return False
+    for place, output in ends.items():
         expected = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-        found = stream._store.tensors((0, stack))
+        found = stream._store.tensors(place)
         if len(expected) != len(found) or not all(
             _same_but_for_rounding(a.cpu(), b) for a, b in zip(expected, found, strict=True)
         ):
             return False
     return True
+
+
+def _modules_of(block: Block) -> list[nn.Module]:
+    return [layer.module for layer in block.layers]
+
+
+def _keeping(kept: dict[tuple[int, int], Any], place: tuple[int, int]) -> Callable[..., None]:
+    """A forward hook that remembers what the module returns."""
+    return lambda _module, _inputs, output: kept.__setitem__(place, output)
 
 
 def _same_but_for_rounding(one: Tensor, other: Tensor) -> bool:
@@ -254,7 +276,7 @@ def _same_but_for_rounding(one: Tensor, other: Tensor) -> bool:
 def stream_through(
     model: nn.Module,
     blocks: Sequence[Block],
-    windows: Tensor,
+    windows: Samples,
     batch_size: int,
     residence: Residence,
     store: TensorStore | None = None,
@@ -264,7 +286,7 @@ def stream_through(
     Args:
         model: the network as it is now.
         blocks: all its blocks, from ``find_blocks``.
-        windows: (windows, length) token ids.
+        windows: (windows, length) token ids, or other inputs.
         batch_size: windows per forward call.
         residence: where the blocks' weights are.
         store: keeps what blocks return; main memory by default.
@@ -287,9 +309,11 @@ def steps_of(stream: Stream) -> list[Step]:
     layers = stream.current.layers
     seen: dict[tuple[Any, ...], list[PrunableLayer]] = {}
     held: list[Tensor] = []  # as long as the tensors live, their addresses are theirs alone
+    calls: Counter[PrunableLayer] = Counter()
 
     def observer(layer: PrunableLayer, inputs: Tensor) -> None:
         held.append(inputs)
+        calls[layer] += 1
         key: tuple[Any, ...]
         if layer.expert is not None:
             key = (id(layer.module), layer.parameter)
@@ -299,7 +323,7 @@ def steps_of(stream: Stream) -> list[Step]:
         if layer not in group:
             group.append(layer)
 
-    stream.observe(0, layers, observer)
+    stream.observe(0, layers, observer, once=False)
     steps = []
     placed: set[PrunableLayer] = set()
     for members in seen.values():
@@ -312,7 +336,7 @@ def steps_of(stream: Stream) -> list[Step]:
             steps.append(Step(tuple((layer,) for layer in experts)))
             placed.update(experts)
         else:
-            steps.append(Step((tuple(members),)))
+            steps.append(Step((tuple(members),), once=all(calls[layer] == 1 for layer in members)))
             placed.update(members)
     unreached = [layer for layer in layers if layer not in placed]
     if (
@@ -334,11 +358,13 @@ def residual_writers(stream: Stream) -> list[PrunableLayer]:
     """The current block's layers whose output, as wide as the block's input, is added to something as it is.
 
     These write into the residual stream (attention output, second layer of an MLP); what their output is
-    added to is the stream. Layers whose output is normed first, or goes through a router, are none.
+    added to is the stream. Layers whose output is normed first, goes through a router, or that are called
+    more than once, are none.
     """
     layers = [layer for layer in stream.current.layers if layer.expert is None]
     found: list[PrunableLayer] = []
     widths: list[int] = []
+    calls: Counter[PrunableLayer] = Counter()
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         widths.append(first_argument(args, kwargs).shape[-1])
@@ -348,11 +374,22 @@ def residual_writers(stream: Stream) -> list[PrunableLayer]:
 
     handle = stream.current.module.register_forward_pre_hook(enter, with_kwargs=True)
     try:
-        stream.observe(0, (), lambda *_: None, writers=layers, stream_observer=note)
+        stream.observe(
+            0,
+            layers,
+            lambda layer, _: calls.update([layer]),
+            writers=layers,
+            stream_observer=note,
+            once=False,
+        )
     finally:
         handle.remove()
     # an activation function may add a layer's output to a power of itself; it is wider than the stream
-    return [layer for layer in layers if layer in found and layer.weight.shape[0] == widths[0]]
+    return [
+        layer
+        for layer in layers
+        if layer in found and calls[layer] == 1 and layer.weight.shape[0] == widths[0]
+    ]
 
 
 class _AdditionObserver(TorchFunctionMode):
@@ -436,7 +473,7 @@ def _observed(layers: Sequence[PrunableLayer], observer: Observer, stop: bool) -
             handle.remove()
 
 
-def blocks_as_used(model: nn.Module, blocks: Sequence[Block], windows: Tensor) -> list[Block]:
+def blocks_as_used(model: nn.Module, blocks: Sequence[Block], windows: Samples) -> list[Block]:
     """``blocks`` whose fused experts have the axis over which the model sums, as one window shows it."""
 
     def forward() -> None:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from ..models.inputs import Samples
 from .activations import Stream
 from .gradients import embeddings_of
 from .logits import SlicedModel
@@ -27,10 +28,10 @@ class DenseOutputs:
         batch_size: windows per forward call, or fewer where logits are made whole.
     """
 
-    def __init__(self, model: nn.Module, windows: Tensor, batch_size: int) -> None:
+    def __init__(self, model: nn.Module, windows: Samples, batch_size: int) -> None:
         self._model = SlicedModel(model, windows)
         self.batch_size = self._model.batch_size(windows.shape[1], batch_size)
-        self._batches = torch.split(windows, self.batch_size)
+        self._batches = windows.split(self.batch_size)
         self._kept: list[Tensor] = []
         for batch in self._batches:
             with torch.no_grad():

@@ -24,7 +24,7 @@ from ..models.blocks import Block, PrunableLayer
 from ..problems import Gram, GramAccumulator
 from .activations import Step
 
-_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+_EXPERT = re.compile(r"(^|\.)experts\.(expert_)?\d+\.")
 
 
 def is_expert(layer: PrunableLayer) -> bool:

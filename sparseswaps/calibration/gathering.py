@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from ..errors import InvalidModelError, InvalidProblemError
 from ..machine import give_back_memory
 from ..models.blocks import Block, PrunableLayer
+from ..models.inputs import Samples
 from ..problems import GramAccumulator
 from ..ranks import Ranks
 from .activations import Step, Stream, residual_writers, steps_of
+from .experts import is_expert
 from .store import TensorStore
 
 # Tokens per forward call: enough to keep a processor busy, few enough for its memory.
@@ -70,7 +72,7 @@ class Flow:
         cls,
         model: nn.Module,
         blocks: Sequence[Block],
-        windows: Tensor,
+        windows: Samples,
         skip: bool,
         dense: bool,
         ranks: Ranks,
@@ -108,14 +110,16 @@ class Flow:
         """``steps_of`` the current block, the same on every rank."""
         layers = {layer.name: layer for layer in self.pruned.current.layers}
 
-        def found() -> list[list[list[str]]]:
+        def found() -> list[tuple[list[list[str]], bool]]:
             steps = steps_of(self.probe)
             if not all(step.reached for step in steps):  # few tokens do not come to every expert
                 steps = steps_of(self.pruned)
-            return [[[layer.name for layer in group] for group in step.inputs] for step in steps]
+            return [([[layer.name for layer in group] for group in step.inputs], step.once) for step in steps]
 
-        names = self.ranks.from_first(found)
-        return [Step(tuple(tuple(layers[name] for name in group) for group in step)) for step in names]
+        return [
+            Step(tuple(tuple(layers[name] for name in group) for group in names), once=once)
+            for names, once in self.ranks.from_first(found)
+        ]
 
     def writers(self) -> list[PrunableLayer]:
         """``residual_writers`` of the current block, the same on every rank."""
@@ -208,7 +212,7 @@ def _empty_sums(flow: Flow, step: Step, writers: Sequence[PrunableLayer]) -> dic
     for group in step.inputs:
         layer = group[0]
         # a router may send a token to other experts than in the dense model: no drift there
-        with_drift = flow.dense is not None and layer.expert is None
+        with_drift = flow.dense is not None and not is_expert(layer)
         rows, cols = layer.weight.shape
         sums[layer.name] = GramAccumulator(
             cols, layer.weight.device, with_drift, rows if layer in alone else 0
@@ -229,20 +233,20 @@ def _observe_batch(
     """Add one batch to ``sums``."""
     leaders = [group[0] for group in step.inputs]
     alone = [group[0] for group in step.inputs if len(group) == 1 and group[0] in writers]
-    waiting: dict[str, Tensor] = {}
+    waiting: dict[str, list[Tensor]] = {}  # of each call of a layer
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     streams: dict[str, Tensor] = {}
 
     def observe(layer: PrunableLayer, inputs: Tensor) -> None:
         if sums[layer.name].has_drift:
-            waiting[layer.name] = inputs
+            waiting.setdefault(layer.name, []).append(inputs)
         else:
             add_inputs(sums[layer.name], layer, inputs)
 
     def pair(layer: PrunableLayer, inputs: Tensor) -> None:
-        if layer.name not in waiting:
+        if not waiting.get(layer.name):
             return
-        found = waiting.pop(layer.name)
+        found = waiting[layer.name].pop(0)
         if sums[layer.name].has_residual:
             pairs[layer.name] = found, inputs
         else:
@@ -255,10 +259,10 @@ def _observe_batch(
         found, inputs = pairs.pop(layer.name)
         add_inputs(sums[layer.name], layer, found, inputs, stream_loss(stream, streams.pop(layer.name)))
 
-    flow.pruned.observe(batch, leaders, observe, advance, alone, keep_stream)
+    flow.pruned.observe(batch, leaders, observe, advance, alone, keep_stream, step.once)
     if flow.dense is not None:
         with other_weights(block, dense):
-            flow.dense.observe(batch, leaders, pair, False, alone, pair_stream)
+            flow.dense.observe(batch, leaders, pair, False, alone, pair_stream, step.once)
 
 
 def stream_loss(dense: Tensor, pruned: Tensor) -> Tensor:

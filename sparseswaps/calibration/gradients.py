@@ -27,6 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InvalidModelError
 from ..models.blocks import Block, PrunableLayer
+from ..models.inputs import Samples
+from ..models.outputs import output_states
 from .activations import forward_replaced
 from .logits import Outputs, SlicedModel
 from .store import TensorStore
@@ -40,7 +42,7 @@ MOMENT_BYTES = 8 * 10**9
 def gradient_moments(
     model: nn.Module,
     blocks: Sequence[Block],
-    windows: Tensor,
+    windows: Samples,
     batch_size: int,
     seed: int = 0,
     report: Report | None = None,
@@ -75,7 +77,7 @@ def gradient_moments(
         for layer in layers:
             hook = layer.module.register_forward_hook(_moment_hook(layer, moments))
             stack.callback(hook.remove)
-        batches = torch.split(windows, sliced.batch_size(windows.shape[1], batch_size))
+        batches = windows.split(sliced.batch_size(windows.shape[1], batch_size))
         for done, batch in enumerate(batches, start=1):
             with torch.enable_grad():
                 loss = _sampled_loss(sliced.run(batch), generator)
@@ -128,7 +130,7 @@ class Moments:
         self,
         model: nn.Module,
         blocks: Sequence[Block],
-        windows: Tensor,
+        windows: Samples,
         batch_size: int,
         store: TensorStore,
         report: Report | None = None,
@@ -155,17 +157,15 @@ class Moments:
 
 
 def embeddings_of(output: Any) -> Tensor:
-    """Normalised last hidden states (batch, length, hidden), float32.
+    """Normalised last hidden states, or what else the model makes (see ``models.outputs``), float32.
+
+    Returns:
+        (batch, length, hidden).
 
     Raises:
-        InvalidModelError: if the output has no hidden states.
+        InvalidModelError: if the output has no such tensor.
     """
-    hidden = getattr(output, "last_hidden_state", None)
-    if hidden is None:
-        raise InvalidModelError(
-            f"expected a model that returns logits or last hidden states, found {type(output).__name__}"
-        )
-    return nn.functional.normalize(hidden.float(), dim=-1)
+    return nn.functional.normalize(output_states(output)[1].float(), dim=-1)
 
 
 def _sampled_loss(outputs: Outputs, generator: torch.Generator) -> Tensor:

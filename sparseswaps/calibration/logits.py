@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.blocks import device_of, forward_inputs, output_head, vocabulary_of
+from ..models.blocks import device_of, output_head, vocabulary_of
+from ..models.inputs import Samples, forward_inputs
 from .activations import first_argument, forward_replaced, until_head
 
 # Entries (tokens x vocabulary) of the logits that are made at a time, at least: 32 MiB in float32, from where
@@ -47,9 +48,14 @@ def whole_windows(vocabulary: int, length: int) -> int:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """Logits (batch, length, vocabulary) of a model's output, None if it has none."""
+    """Logits (batch, length, vocabulary) of a model's output, None if it has none.
+
+    Logits (batch, classes) of whole samples are of one position each; a single class is no choice.
+    """
     logits = getattr(output, "logits", None)
-    return logits if isinstance(logits, Tensor) and logits.ndim == 3 else None
+    if not isinstance(logits, Tensor) or logits.ndim not in (2, 3) or logits.shape[-1] < 2:
+        return None
+    return logits if logits.ndim == 3 else logits[:, None]
 
 
 class SlicedModel:
@@ -57,15 +63,20 @@ class SlicedModel:
 
     Args:
         model: any; one without logits just runs.
-        windows: (windows, length) token ids; a few of the first show how the model makes its logits.
+        windows: (windows, length) token ids, a few of which show how the model makes its logits; or other
+            inputs, whose logits are made whole.
     """
 
-    def __init__(self, model: nn.Module, windows: Tensor) -> None:
+    def __init__(self, model: nn.Module, windows: Samples) -> None:
         self.model = model
         self._vocabulary = vocabulary_of(model)
-        self._inputs = forward_inputs(model, windows[:1, :PROBE_TOKENS].to(device_of(model)))
+        self._inputs: dict[str, Any] = {}
         self._returned: dict[nn.Module, list[Any]] = {}
         head = output_head(model)
+        if isinstance(windows, Tensor):
+            self._inputs = forward_inputs(model, windows[:1, :PROBE_TOKENS].to(device_of(model)))
+        else:  # of other inputs a few positions cannot be cut out
+            head = None
         self._head = head if head is not None and self._learn(head) else None
 
     @property
@@ -77,7 +88,7 @@ class SlicedModel:
         """Windows of ``length`` tokens per call of ``run``: ``most``, or fewer if logits are made whole."""
         return most if self.sliced else min(most, whole_windows(self._vocabulary, length))
 
-    def run(self, windows: Tensor) -> Outputs:
+    def run(self, windows: Samples) -> Outputs:
         """Run the model on token windows (batch, length), only up to its head where logits come in slices."""
         inputs = forward_inputs(self.model, windows.to(device_of(self.model)))
         if self._head is None:

@@ -1,4 +1,4 @@
-"""Token windows for calibration and evaluation, from a local text, a token file or a dataset.
+"""Windows for calibration and evaluation, from a local text, a token file, a dataset or a file of inputs.
 
 The field's calibration protocol (SparseGPT, Wanda): 128 windows of 2048 tokens, seeded. A local
 text is tokenised once and cut into non-overlapping windows, of which a seeded choice is taken. For
@@ -12,7 +12,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,10 @@ from torch import Tensor
 
 from ..errors import InvalidTextError
 from ..models.blocks import max_length
+from ..models.inputs import Samples
 from ..models.loading import LoadedModel
 from .corpus import standard_library_text
+from .features import fitted, is_features, read_features, require_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,26 +45,31 @@ MAX_DRAWS = 200_000
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Token windows with their origin.
+    """Token windows with their origin, or other inputs of a model.
 
     Attributes:
-        tokens: (windows, length), int64.
+        tokens: (windows, length), int64; or samples of inputs of any kind.
         source: file or dataset that they come from.
         available: how many windows the source held.
     """
 
-    tokens: Tensor
+    tokens: Samples
     source: str
     available: int
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the tokens."""
-        return hashlib.sha256(self.tokens.contiguous().numpy().tobytes()).hexdigest()
+        """SHA-256 of the tokens, or of the names and values of other inputs."""
+        found = hashlib.sha256()
+        tensors = {"": self.tokens} if isinstance(self.tokens, Tensor) else self.tokens.tensors
+        for name, tensor in sorted(tensors.items()):
+            found.update(f"{name} {tuple(tensor.shape)}".encode() if name else b"")
+            found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
 
     @property
     def length(self) -> int:
-        """Tokens per window."""
+        """Tokens per window, or positions per sample."""
         return self.tokens.shape[1]
 
     def __len__(self) -> int:
@@ -73,19 +80,19 @@ def calibration_windows(
     source: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None,
     samples: int,
-    length: int,
+    length: int | None,
     seed: int = 0,
     special_tokens: bool = False,
 ) -> Windows:
-    """A seeded choice of ``samples`` windows of ``length`` tokens.
+    """A seeded choice of ``samples`` windows of ``length`` tokens, or of samples of other inputs.
 
     Args:
         source: a text file, a token file (``.npy``, one- or two-dimensional integers), ``stdlib``
             (source code of Python's standard library) or a dataset: ``c4``, ``wikitext2`` or any
-            ``path[:split[:column]]`` that ``datasets`` loads.
+            ``path[:split[:column]]`` that ``datasets`` loads; or a file of inputs (see ``features``).
         tokenizer: needed for text.
         samples: windows to choose; fewer are taken, with a warning, if there are not as many.
-        length: tokens per window.
+        length: tokens per window; of a text only.
         seed: of the choice.
         special_tokens: start and end every window with the tokenizer's special tokens, as encoders
             expect.
@@ -93,41 +100,55 @@ def calibration_windows(
     Raises:
         InvalidTextError: if the source is missing, too short or not usable.
     """
-    if samples < 1 or length < 2:
+    generator = np.random.default_rng(seed)
+    if is_features(source):
+        features = read_features(source)
+        chosen = _choice(len(features), source, samples, generator, "samples")
+        return Windows(features[chosen], os.fspath(source), len(features))
+    if samples < 1 or length is None or length < 2:
         raise InvalidTextError(
             f"calibration windows: expected samples ≥ 1 and length ≥ 2, found {samples} and {length}"
         )
     frame = _frame(tokenizer, special_tokens)
     inner = length - len(frame[0]) - len(frame[1])
-    generator = np.random.default_rng(seed)
     dataset = _dataset(source)
     if dataset is not None:
         windows = _windows_of_documents(dataset, _require(tokenizer, source), samples, inner, generator)
         return Windows(_framed(windows, frame), os.fspath(source), samples)
     every = _cut(_tokens_of(source, tokenizer), inner, source)
-    if len(every) < samples:
-        warnings.warn(
-            f"{source}: expected {samples} windows of {length} tokens, found {len(every)}: all are used",
-            stacklevel=2,
-        )
-    chosen = np.sort(generator.permutation(len(every))[:samples])
-    return Windows(_framed(every[torch.from_numpy(chosen)], frame), os.fspath(source), len(every))
+    chosen = _choice(len(every), source, samples, generator, f"windows of {length} tokens")
+    return Windows(_framed(every[chosen], frame), os.fspath(source), len(every))
+
+
+def _choice(
+    count: int, source: str | os.PathLike[str], samples: int, generator: np.random.Generator, what: str
+) -> Tensor:
+    """Numbers of ``samples`` out of ``count``, in order; all, with a warning, if there are not as many."""
+    if count < samples:
+        warnings.warn(f"{source}: expected {samples} {what}, found {count}: all are used", stacklevel=3)
+    return torch.from_numpy(np.sort(generator.permutation(count)[:samples]))
 
 
 def evaluation_windows(
     source: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None,
-    length: int,
+    length: int | None,
     limit: int | None = None,
     special_tokens: bool = False,
 ) -> Windows:
     """All ⌊N / length⌋ non-overlapping windows of a text, the tail dropped; the first ``limit``.
 
-    Rows of a dataset are joined with a blank line and tokenised once (the WikiText-2 protocol).
+    Rows of a dataset are joined with a blank line and tokenised once (the WikiText-2 protocol). Of a file of
+    inputs all samples.
 
     Raises:
         InvalidTextError: if the source is missing or shorter than one window.
     """
+    if is_features(source):
+        found = read_features(source)
+        return Windows(found[:limit], os.fspath(source), len(found))
+    if length is None:
+        raise InvalidTextError(f"text {source}: expected the length of its windows, found none")
     frame = _frame(tokenizer, special_tokens)
     inner = length - len(frame[0]) - len(frame[1])
     dataset = _dataset(source)
@@ -270,12 +291,26 @@ def _windows_of_documents(
     )
 
 
-def window_length(loaded: LoadedModel, length: int | None) -> int:
-    """Tokens per window: what was asked for, or 2048 capped by the model.
+def window_length(loaded: LoadedModel, length: int | None, *sources: object) -> int | None:
+    """Tokens per window: what was asked for, or 2048 capped by the model; None without texts.
+
+    Args:
+        loaded: the model, or its shapes.
+        length: what was asked for.
+        sources: texts, token files or windows, and files of inputs, which have no windows; None for none.
 
     Raises:
-        InvalidTextError: if the model has no positions for ``length`` tokens.
+        InvalidTextError: if the model has no positions for ``length`` tokens, or takes no tokens.
     """
+    texts = [source for source in sources if source is not None and not is_features(source)]
+    if sources and not texts:
+        if length is not None:
+            raise InvalidTextError(
+                f"window length: expected none beside inputs that are no text, found {length} tokens"
+            )
+        return None
+    for source in texts:
+        require_tokens(loaded, source)
     longest = max_length(loaded.model)
     if length is None:
         return min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
@@ -285,3 +320,12 @@ def window_length(loaded: LoadedModel, length: int | None) -> int:
             f"found {length}"
         )
     return length
+
+
+def for_model(windows: Windows, loaded: LoadedModel) -> Windows:
+    """The windows as a model takes them (see ``features.fitted``).
+
+    Raises:
+        InvalidTextError: for what it does not take.
+    """
+    return replace(windows, tokens=fitted(windows.tokens, windows.source, loaded))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..calibration.windows import calibration_windows, window_length
+from ..calibration.windows import calibration_windows, for_model, window_length
 from ..errors import InputError
 from ..evaluation.measures import is_causal
 from ..machine import versions
@@ -52,12 +52,13 @@ def extract(
     if out.exists() and not out.is_dir():
         raise InputError(f"output {out}: expected a directory, found a file")
     loaded = load_model(model, resolve_device(device), trust=Trust(allow_pickle, trust_remote_code))
-    tokens = window_length(loaded, length)
+    tokens = window_length(loaded, length, calibration)
     blocks = find_blocks(loaded.model, tuple(layers or ()))
     check_finite(blocks)
     windows = calibration_windows(
         calibration, loaded.tokenizer, samples, tokens, seed, not is_causal(loaded.model)
     )
+    windows = for_model(windows, loaded)
     provenance = {
         "model": model,
         "calibration": windows.source,

@@ -132,20 +132,20 @@ def _summary(report: PruneReport) -> object:
         ("sparsity", f"{report.sparsity:.4%} of {len(report.layers)} layers, {report.settings.mode}"),
         ("layer error", f"{report.error_start:.5f} → {report.error:.5f} (mean over layers, start → result)"),
     ]
+    length = report.settings.length
+    windows = f"{report.evaluation_windows} " + (f"windows of {length} tokens" if length else "samples")
     if report.perplexity_dense is not None:
         rows.append(
             (
                 "perplexity",
-                f"dense {report.perplexity_dense:.4f}, pruned {report.perplexity_pruned:.4f} "
-                f"({report.evaluation_windows} windows of {report.settings.length} tokens)",
+                f"dense {report.perplexity_dense:.4f}, pruned {report.perplexity_pruned:.4f} ({windows})",
             )
         )
     if report.cosine is not None:
         rows.append(
             (
                 "cosine",
-                f"{report.cosine:.4f} to the dense model's mean-pooled embeddings "
-                f"({report.evaluation_windows} windows of {report.settings.length} tokens)",
+                f"{report.cosine:.4f} to the dense model's {report.compared}, mean-pooled ({windows})",
             )
         )
     memory = f"{report.peak_memory_mb:.0f} MB"
@@ -213,7 +213,10 @@ def evaluate(
         "windows": len(found.windows),
         "length": found.length,
     }
-    values |= {"cosine": found.cosine} if found.perplexity is None else {"perplexity": found.perplexity}
+    if found.perplexity is None:
+        values |= {"cosine": found.cosine, "compared": found.compared}
+    else:
+        values |= {"perplexity": found.perplexity}
     if json:
         print_json({**values, "tokens_hash": found.windows.hash, "versions": versions()})
     else:

@@ -6,11 +6,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..calibration.windows import Windows, evaluation_windows, window_length
+from torch import Tensor
+
+from ..calibration.windows import Windows, evaluation_windows, for_model, window_length
 from ..errors import InputError
 from ..models.checkpoints import Trust
 from ..models.loading import LoadedModel, load_model, resolve_device
-from .measures import is_causal, mean_cosine
+from .measures import compared_output, is_causal, mean_cosine
 from .quality import model_embeddings, model_perplexity
 
 Stage = Callable[[str, int, int], None]
@@ -23,15 +25,16 @@ class Evaluation:
     Attributes:
         model: directory or name.
         windows: of the text, each ``length`` tokens long.
-        perplexity: of a causal model; cosine: mean cosine of an encoder's pooled embeddings to the
-            reference's.
+        perplexity: of a causal model on text; cosine: for the others the mean cosine of pooled embeddings to
+            the reference's, compared: the output that they are made of.
     """
 
     model: str
     windows: Windows
-    length: int
+    length: int | None
     perplexity: float | None
     cosine: float | None
+    compared: str | None
 
 
 def evaluate(
@@ -51,8 +54,9 @@ def evaluate(
 
     Args:
         model: directory, hub name or a loaded model.
-        evaluation: text file, token file or dataset (see ``calibration.windows``), or windows.
-        reference: dense model that an encoder is compared with.
+        evaluation: text file, token file, dataset or file of inputs (see ``calibration.windows``), or
+            windows.
+        reference: dense model that an encoder, or a model that is given no text, is compared with.
         length: tokens per window, 2048 by default, at most what the model's positions allow.
         evaluation_limit: use only so many windows; all by default.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -77,21 +81,24 @@ def evaluate(
         return lambda done, total: None if stage is None else stage(what, done, total)
 
     loaded = loaded_from(model)
-    tokens = window_length(loaded, length)
+    tokens = window_length(loaded, length, evaluation)
     causal = is_causal(loaded.model)
-    if not causal and reference is None:
-        raise InputError(f"model {loaded.source} is an encoder: expected --reference DENSE_MODEL, found none")
+    if not (causal and tokens) and reference is None:
+        what = "no text is given" if causal else "is an encoder"
+        raise InputError(f"model {loaded.source} {what}: expected --reference DENSE_MODEL, found none")
     windows = evaluation
     if not isinstance(windows, Windows):
         windows = evaluation_windows(
             windows, loaded.tokenizer, tokens, evaluation_limit, special_tokens=not causal
         )
-    perplexity = cosine = None
-    if causal:
+    windows = for_model(windows, loaded)
+    perplexity = cosine = compared = None
+    if causal and isinstance(windows.tokens, Tensor):
         perplexity = model_perplexity(loaded, windows.tokens, report("perplexity"))
     elif reference is not None:
         cosine = mean_cosine(
             model_embeddings(loaded, windows.tokens, report("embeddings")),
             model_embeddings(loaded_from(reference), windows.tokens, report("reference")),
         )
-    return Evaluation(loaded.source, windows, tokens, perplexity, cosine)
+        compared = compared_output(loaded.model, windows.tokens)
+    return Evaluation(loaded.source, windows, tokens, perplexity, cosine, compared)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.logits import SlicedModel
-from ..models.blocks import device_of, forward_inputs, model_kind
+from ..models.blocks import device_of, model_kind
+from ..models.inputs import ModelInputs, Samples, forward_inputs, takes
+from ..models.outputs import OF_ENCODER, output_states
 
 # Tokens per forward call: enough to keep a processor busy, few enough for its memory.
 TOKENS_PER_BATCH = 4096
@@ -57,7 +59,7 @@ def batch_losses(
     found = []
     length = windows.shape[1]
     size = model.batch_size(length, evaluation_batch_size(length))
-    for number, (done, batch) in enumerate(_batches(windows, size)):
+    for number, batch in enumerate(torch.split(windows, size)):
         # the last token of a window has nothing to predict: what it is given is dropped afterwards
         following = batch.roll(-1, dims=1).flatten().to(device)
 
@@ -68,33 +70,49 @@ def batch_losses(
             of_tokens = torch.cat(list(model.run(batch).each(losses))).view(batch.shape)
         found.append(float(of_tokens[:, :-1].double().mean(1).sum()))
         if report:
-            report(done, len(windows))
+            report(min((number + 1) * size, len(windows)), len(windows))
     return found
 
 
 def pooled_embeddings(
-    model: nn.Module, windows: Tensor, report: Report | None = None, recall: Recall | None = None
+    model: nn.Module, windows: Samples, report: Report | None = None, recall: Recall | None = None
 ) -> Tensor:
     """Mean-pooled last hidden states (windows, hidden), float32, on the CPU.
 
     Args:
-        model: an encoder, or an encoder-decoder, whose encoder is used.
-        windows: (windows, length) token ids without padding.
+        model: an encoder, or an encoder-decoder, whose encoder is used; of a model without hidden states
+            embeddings or logits (see ``models.outputs``).
+        windows: (windows, length) token ids without padding, or other inputs.
         report: called with (windows done, windows in all).
         recall: opened with the number of each batch.
     """
-    base: Any = getattr(model, "base_model", model)
-    device = device_of(model)
     pooled = []
-    for number, (done, batch) in enumerate(_batches(windows, evaluation_batch_size(windows.shape[1]))):
+    size = evaluation_batch_size(windows.shape[1])
+    for number, batch in enumerate(windows.split(size)):
         with torch.no_grad(), recall(number) if recall else nullcontext():
-            output = base(**forward_inputs(model, batch.to(device)))
-        hidden = getattr(output, "encoder_last_hidden_state", None)
-        hidden = output.last_hidden_state if hidden is None else hidden
-        pooled.append(hidden.float().mean(1).cpu())
+            pooled.append(_states(model, batch)[1].float().mean(1).cpu())
         if report:
-            report(done, len(windows))
+            report(min((number + 1) * size, len(windows)), len(windows))
     return torch.cat(pooled)
+
+
+def compared_output(model: nn.Module, windows: Samples) -> str:
+    """Name of the model's output that ``pooled_embeddings`` takes the mean of."""
+    with torch.no_grad():
+        return _states(model, windows[:1])[0]
+
+
+def _states(model: nn.Module, batch: Samples) -> tuple[str, Tensor]:
+    base: Any = getattr(model, "base_model", model)
+    given = batch.tensors if isinstance(batch, ModelInputs) else ("input_ids",)
+    if not all(
+        takes(base, name) for name in given
+    ):  # the head of a model may take more than what is below it
+        base = model
+    output = base(**forward_inputs(model, batch.to(device_of(model))))
+    if isinstance(output, tuple):  # what is below it may give its outputs no names
+        output = model(**forward_inputs(model, batch.to(device_of(model))))
+    return output_states(output, OF_ENCODER)
 
 
 def mean_cosine(embeddings: Tensor, reference: Tensor) -> float:
@@ -103,10 +121,5 @@ def mean_cosine(embeddings: Tensor, reference: Tensor) -> float:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether perplexity is the measure; otherwise it is the cosine of pooled embeddings."""
+    """Whether perplexity is the measure of texts; otherwise it is the cosine of pooled embeddings."""
     return model_kind(model) == "causal"
-
-
-def _batches(windows: Tensor, size: int) -> list[tuple[int, Tensor]]:
-    """Batches with the number of windows that are done after each."""
-    return [(min(i + size, len(windows)), windows[i : i + size]) for i in range(0, len(windows), size)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..calibration.activations import can_skip, stream_through
 from ..calibration.logits import SlicedModel
 from ..calibration.store import TensorStore
 from ..models.blocks import find_blocks
+from ..models.inputs import Samples, joined
 from ..models.loading import LoadedModel
 from ..ranks import Ranks
 from .measures import (
@@ -59,7 +60,7 @@ def model_perplexity(
 
 def model_embeddings(
     loaded: LoadedModel,
-    windows: Tensor,
+    windows: Samples,
     report: Report | None = None,
     store: TensorStore | None = None,
     ranks: Ranks | None = None,
@@ -67,23 +68,23 @@ def model_embeddings(
     """``pooled_embeddings`` (windows, hidden) of an encoder; arguments as for ``model_perplexity``."""
     size = evaluation_batch_size(windows.shape[1])
 
-    def embeddings(own: Tensor) -> Sequence[Tensor]:
+    def embeddings(own: Samples) -> Sequence[Tensor]:
         found = pooled_embeddings(loaded.model, own, report, _recall(loaded, own, size, store))
         return torch.split(found, size)
 
     return torch.cat(_shared(embeddings, windows, size, ranks or Ranks()))
 
 
-def _shared(measure: Callable[[Tensor], Sequence[T]], windows: Tensor, size: int, ranks: Ranks) -> list[T]:
+def _shared(measure: Callable[[Any], Sequence[T]], windows: Samples, size: int, ranks: Ranks) -> list[T]:
     """What ``measure`` finds for each batch of ``size`` windows, each measured by one rank."""
-    own = torch.split(windows, size)[ranks.number :: ranks.count]
-    parts = ranks.gather(lambda: list(measure(torch.cat(own))) if own else [])
+    own = windows.split(size)[ranks.number :: ranks.count]
+    parts = ranks.gather(lambda: list(measure(joined(own))) if own else [])
     absent = object()
     in_turn = (found for batch in zip_longest(*parts, fillvalue=absent) for found in batch)
     return [found for found in in_turn if found is not absent]  # type: ignore[misc]
 
 
-def _recall(loaded: LoadedModel, windows: Tensor, size: int, store: TensorStore | None) -> Recall | None:
+def _recall(loaded: LoadedModel, windows: Samples, size: int, store: TensorStore | None) -> Recall | None:
     """Blocks that each came to memory once for all batches, or None where the model may just run."""
     if not loaded.residence.offloaded:
         return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,10 @@ from ..errors import InvalidModelError
 from .routers import is_fused, routers_in
 
 ModelKind = Literal["causal", "seq2seq", "encoder"]
+
+
+# What tables of learned positions are called, among the modules beside the token embeddings.
+_POSITIONS = re.compile(r"(embed_)?(position|positions|pos)(_emb\w*)?|wpe")
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +115,7 @@ def find_blocks(
     seen: set[tuple[int, tuple[int, ...], int]] = set()
     for stack, (stack_name, modules) in enumerate(stacks_of(model)):
         for index, module in enumerate(modules):
-            name = f"{stack_name}.{index}" if stack_name else str(index)
+            name = "" if module is model else f"{stack_name}.{index}" if stack_name else str(index)
             layers = []
             dense = set() if routers else routers_in(module, name)
             for layer in _layers_of(module, name, len(blocks)):
@@ -136,12 +141,17 @@ def find_blocks(
 
 
 def stacks_of(model: nn.Module) -> list[tuple[str, Sequence[nn.Module]]]:
-    """Outermost lists of blocks that hold linear layers; the whole model as one block if none."""
+    """Outermost lists of blocks that hold linear layers; the whole model as one block if none.
+
+    A list of lists is no stack, for nobody calls its members; those are stacks.
+    """
     stacks: list[tuple[str, Sequence[nn.Module]]] = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer, _ in stacks):
             continue
-        if isinstance(module, nn.ModuleList) and any(True for _ in _layers_of(module, name, 0)):
+        if not isinstance(module, nn.ModuleList) or any(isinstance(part, nn.ModuleList) for part in module):
+            continue
+        if any(True for _ in _layers_of(module, name, 0)):
             stacks.append((name, list(module)))
     return stacks or [("", [model])]
 
@@ -189,13 +199,47 @@ def vocabulary_of(model: nn.Module) -> int:
 
 
 def max_length(model: nn.Module) -> int | None:
-    """The longest window that the model's positions allow, or None if it says nothing."""
+    """The longest window of tokens that the model's positions allow, or None if it says nothing.
+
+    The smallest of what the configuration states and of what the tables of learned positions beside its token
+    embeddings hold, which may begin behind an offset or behind the padding token's position.
+    """
     config: Any = getattr(model, "config", None)
-    for name in ("max_position_embeddings", "n_positions"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    stated = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
+    lengths = [value for value in stated if isinstance(value, int) and value > 0]
+    return min(lengths + _table_lengths(model), default=None)
+
+
+def _table_lengths(model: nn.Module) -> list[int]:
+    """For each table of positions beside one of token embeddings, how many tokens it has a position for."""
+    tokens = token_embeddings(model)
+    found = []
+    for module in model.modules() if tokens is not None else ():
+        tables = {name: part for name, part in module.named_children() if "Embedding" in type(part).__name__}
+        sizes = {
+            name: len(w) for name, x in tables.items() if isinstance(w := getattr(x, "weight", None), Tensor)
+        }
+        if tokens not in sizes.values():
+            continue
+        for name, size in sizes.items():
+            if _POSITIONS.fullmatch(name):
+                padding = getattr(tables[name], "padding_idx", None)
+                offset = getattr(tables[name], "offset", 0 if padding is None else padding + 1)
+                found.append(size - int(offset))
+    return found
+
+
+def token_embeddings(model: nn.Module) -> int | None:
+    """How many tokens a model that takes tokens has embeddings for, or None if it does not say so."""
+    try:
+        size = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # a model of several kinds of inputs
+        size = None
+    config: Any = getattr(model, "config", None)
+    if size is None and hasattr(config, "get_text_config"):
+        size = getattr(config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
 
 
 def check_finite(blocks: Sequence[Block]) -> None:
@@ -218,13 +262,3 @@ def weight_hash(weight: Tensor) -> str:
     """SHA-256 of a weight's bytes, (rows, cols) row by row, in its own dtype."""
     values = weight.detach().cpu().contiguous()
     return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def forward_inputs(model: nn.Module, windows: Tensor) -> dict[str, Any]:
-    """Keyword arguments of ``model.forward`` for token windows (batch, length)."""
-    inputs: dict[str, Any] = {"input_ids": windows}
-    if model_kind(model) == "seq2seq":
-        inputs["decoder_input_ids"] = windows
-    if hasattr(getattr(model, "config", None), "use_cache"):
-        inputs["use_cache"] = False
-    return inputs

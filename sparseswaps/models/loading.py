@@ -199,7 +199,20 @@ def _tokenizer(place: Source, trust: Trust) -> PreTrainedTokenizerBase | None:
                 stacklevel=3,
             )
         return None
-    return found
+    return None if _is_made_up(found, place) else found
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# Words that a tokenizer from files has at least.
+_LEAST_WORDS = 16
+
+
+def _is_made_up(tokenizer: PreTrainedTokenizerBase, place: Source) -> bool:
+    """Whether transformers made a tokenizer without any words, as it does for some families without files.
+
+    It would read every text as unknown tokens.
+    """
+    files = set((getattr(tokenizer, "vocab_files_names", None) or {}).values())
+    if place.folder is None or not files or any((place.folder / file).is_file() for file in files):
+        return False
+    return len(set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())) < _LEAST_WORDS

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -235,9 +236,13 @@ def load_offloaded(
     folder = tempfile.mkdtemp(prefix="sparseswaps-")
     try:
         places = _device_map(skeleton, "", blocks, str(device))
-        model = architecture.from_pretrained(
-            name, config=config, dtype="auto", device_map=places, offload_folder=folder, **options
-        )
+        with warnings.catch_warnings():  # it has names of parameters outside of the blocks too
+            warnings.filterwarnings(
+                "ignore", message="The following device_map keys do not match any submodule"
+            )
+            model = architecture.from_pretrained(
+                name, config=config, dtype="auto", device_map=places, offload_folder=folder, **options
+            )
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -28,6 +28,7 @@ from ..calibration.gradients import Moments
 from ..calibration.store import TensorStore
 from ..errors import InputError
 from ..models.blocks import Block
+from ..models.inputs import Samples
 from ..models.offload import Residence
 from ..problems import LayerProblem
 from ..problems.pattern import Coupling, Pattern, PatternRule, SparsityPattern
@@ -50,7 +51,7 @@ def allocate(
     model: nn.Module,
     blocks: Sequence[Block],
     pattern: PatternRule,
-    calibration: Tensor,
+    calibration: Samples,
     rule: Allocation,
     solver: Solver,
     report: Report | None = None,

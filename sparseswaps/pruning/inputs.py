@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..calibration.activations import blocks_as_used
-from ..calibration.windows import Windows, calibration_windows, evaluation_windows, window_length
-from ..errors import InputError, InvalidTextError
+from ..calibration.features import check_forward
+from ..calibration.windows import (
+    Windows,
+    calibration_windows,
+    evaluation_windows,
+    for_model,
+    window_length,
+)
+from ..errors import InputError
 from ..evaluation.measures import is_causal
 from ..models.blocks import Block, PrunableLayer, check_finite, device_of, find_blocks
+from ..models.inputs import Samples
 from ..models.loading import LoadedModel, load_model, resolve_device
 from .allocation import check_allocation
 from .layer_solving import patterns_of
@@ -55,7 +61,7 @@ class Inputs:
         return [layer for block in self.blocks for layer in block.layers]
 
     @property
-    def held_out(self) -> Tensor | None:
+    def held_out(self) -> Samples | None:
         """Evaluation windows on which layer errors are measured, evenly spread."""
         return None if self.evaluation is None else _spread(self.evaluation.tokens, HELD_OUT_WINDOWS)
 
@@ -85,7 +91,8 @@ def gather_inputs(
         shapes = model
     else:
         shapes = load_model(model, target, machine.dtype, weights=False, trust=machine.trust)
-    asked = replace(settings, length=window_length(shapes, settings.length))
+    length = window_length(shapes, settings.length, settings.calibration, settings.evaluation)
+    asked = replace(settings, length=length)
     settings = with_stated_drifts(asked)
     calibration, evaluation = _windows(shapes, settings)
     blocks = find_blocks(shapes.model, settings.include, settings.exclude, settings.prune_routers)
@@ -135,16 +142,19 @@ def gather_inputs(
     for block in blocks:
         with loaded.residence.resident(block):
             check_finite([block])
+    for windows in (calibration, evaluation):
+        if windows is not None:
+            check_forward(loaded, windows.tokens, windows.source)
     settings = with_drift_that_works(loaded.model, blocks, asked, calibration.tokens, machine.ranks)
     return Inputs(settings, loaded, blocks, calibration, evaluation, target, limit)
 
 
 def _windows(shapes: LoadedModel, settings: PruneSettings) -> tuple[Windows, Windows | None]:
     """Windows of the calibration and of the evaluation text."""
-    length, special = settings.length or 0, not is_causal(shapes.model)
+    length, special = settings.length, not is_causal(shapes.model)
     source = settings.calibration
     if source is None:
-        raise InputError("calibration: expected a text, a token file or a dataset, found none")
+        raise InputError("calibration: expected a text, a token file, a dataset or inputs, found none")
     windows = (
         source
         if isinstance(source, Windows)
@@ -155,23 +165,11 @@ def _windows(shapes: LoadedModel, settings: PruneSettings) -> tuple[Windows, Win
         other = evaluation_windows(
             other, shapes.tokenizer, length, settings.evaluation_limit, special_tokens=special
         )
-    _check_vocabulary(shapes, windows, other)
-    return windows, other
+    return for_model(windows, shapes), None if other is None else for_model(other, shapes)
 
 
-def _spread(windows: Tensor, count: int) -> Tensor:
+def _spread(windows: Samples, count: int) -> Samples:
     """At most ``count`` windows, evenly spread."""
     if len(windows) <= count:
         return windows
     return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
-
-
-def _check_vocabulary(loaded: LoadedModel, *windows: Windows | None) -> None:
-    embeddings: Any = loaded.model.get_input_embeddings()
-    size = int(embeddings.num_embeddings)
-    for each in windows:
-        if each is not None and not 0 <= int(each.tokens.min()) <= int(each.tokens.max()) < size:
-            raise InvalidTextError(
-                f"tokens of {each.source}: expected ids from 0 to {size - 1}, the vocabulary of "
-                f"{loaded.source}, found {int(each.tokens.min())} to {int(each.tokens.max())}"
-            )

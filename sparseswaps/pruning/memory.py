@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibration.gathering import batch_size_for, flow_batch_size, gradient_batch_size_for
 from ..calibration.gradients import MOMENT_BYTES, moment_bytes, moment_groups
@@ -29,6 +29,7 @@ from ..errors import InputError
 from ..evaluation.measures import evaluation_batch_size, is_causal
 from ..machine import available_memory, resident_memory
 from ..models.blocks import Block, PrunableLayer, device_of, output_head, vocabulary_of
+from ..models.inputs import Samples
 from ..models.loading import LoadedModel
 
 GB = 1e9
@@ -119,7 +120,7 @@ class Estimate:
 def estimate(
     loaded: LoadedModel,
     blocks: Sequence[Block],
-    windows: Tensor,
+    windows: Samples,
     work: Work,
     *,
     ranks: int = 1,
@@ -195,7 +196,7 @@ class _Stages:
 
     loaded: LoadedModel
     blocks: Sequence[Block]
-    windows: Tensor
+    windows: Samples
     work: Work
     ranks: int
     limit: int | None

@@ -37,6 +37,7 @@ from ..calibration.store import TensorStore
 from ..errors import InputError, InvalidModelError
 from ..masks.packing import PackedMasks, masked, unpack_bytes, weight_from
 from ..models.blocks import Block, PrunableLayer
+from ..models.inputs import Samples
 from ..models.offload import Residence
 from ..problems import GramAccumulator, LayerProblem
 from ..problems.pattern import Coupling, Pattern, PatternRule
@@ -79,10 +80,10 @@ def prune_layers(
     model: nn.Module,
     blocks: Sequence[Block],
     settings: PruneSettings | str,
-    calibration: Tensor,
+    calibration: Samples,
     *,
     patterns: Mapping[str, Pattern] | None = None,
-    held_out: Tensor | None = None,
+    held_out: Samples | None = None,
     masks: Mapping[str, Tensor] | None = None,
     context: RunContext | None = None,
 ) -> Mapping[str, Tensor]:
@@ -93,9 +94,9 @@ def prune_layers(
         blocks: from ``find_blocks``.
         settings: pattern, solver, start, mode, objective and min_expert_tokens are used here; a text is the
             pattern.
-        calibration: token windows (windows, length).
+        calibration: token windows (windows, length), or other inputs.
         patterns: of each layer by name, where layers differ from the settings' pattern.
-        held_out: token windows on which the layer error is measured as well.
+        held_out: windows on which the layer error is measured as well.
         masks: warm start of each layer by name instead of the start's, for a solver that changes kept
             weights; then only layers whose weights the record has count as finished.
         context: record, progress, processes; a record in memory and this process alone by default.
@@ -142,7 +143,7 @@ def with_stated_drifts(settings: PruneSettings) -> PruneSettings:
 
 
 def with_drift_that_works(
-    model: nn.Module, blocks: Sequence[Block], settings: PruneSettings, windows: Tensor, ranks: Ranks
+    model: nn.Module, blocks: Sequence[Block], settings: PruneSettings, windows: Samples, ranks: Ranks
 ) -> PruneSettings:
     """``with_stated_drifts``, without those that nobody asked for where the model's blocks do not allow them.
 
@@ -240,7 +241,7 @@ def layer_problems(
     model: nn.Module,
     blocks: Sequence[Block],
     pattern: str | PatternRule,
-    calibration: Tensor,
+    calibration: Samples,
     residence: Residence | None = None,
 ) -> Iterator[LayerProblem]:
     """Every layer of ``blocks`` as a problem on the dense model's activations, block by block.
@@ -251,7 +252,7 @@ def layer_problems(
         model: the dense model; it is not changed.
         blocks: from ``find_blocks``.
         pattern: ``0.5``, ``50%``, ``2:4`` or ``layer:0.5``.
-        calibration: token windows (windows, length).
+        calibration: token windows (windows, length), or other inputs.
         residence: where the blocks' weights are; in the model by default.
     """
     blocks = blocks_as_used(model, blocks, calibration)
@@ -283,7 +284,7 @@ def layer_problems(
                             )
 
 
-def _split(windows: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def _split(windows: Samples, share: float) -> tuple[Samples, Samples]:
     """Windows for the Gram matrices, and evenly spread ones that are held out."""
     count = round(share * len(windows))
     if share and not 0 < count < len(windows):
@@ -321,7 +322,7 @@ class _Job:
         """Finished layers."""
         return self.context.record
 
-    def run(self, calibration: Tensor, held_out: Tensor | None) -> None:
+    def run(self, calibration: Samples, held_out: Samples | None) -> None:
         skip = self.ranks.from_first(lambda: can_skip(self.model, self.blocks, calibration))
         if self.objective.needs_dense_stream and not skip:
             raise InvalidModelError(
@@ -396,7 +397,7 @@ class _Job:
             return set()
         return self.ranks.from_first(lambda: used_without_call(flow.probe, silent))
 
-    def _flow(self, windows: Tensor, skip: bool) -> Flow:
+    def _flow(self, windows: Samples, skip: bool) -> Flow:
         dense = self.objective.needs_dense_stream
         return Flow.of(self.model, self.blocks, windows, skip, dense, self.ranks, self.context.store)
 

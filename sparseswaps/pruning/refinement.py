@@ -44,6 +44,7 @@ from ..calibration.gradients import checkpointed, gradient_moments, no_weight_gr
 from ..errors import InputError, InvalidModelError
 from ..masks.packing import masked, pack_mask, unpack_bytes, weight_bytes, weight_from
 from ..models.blocks import Block, PrunableLayer
+from ..models.inputs import Samples
 from ..problems import Drift, GramAccumulator, LayerProblem, output_metric
 from ..problems.metric import DAMPING
 from ..problems.pattern import Coupling, Pattern
@@ -94,7 +95,7 @@ def refine_masks(
     model: nn.Module,
     blocks: Sequence[Block],
     patterns: Mapping[str, Pattern],
-    calibration: Tensor,
+    calibration: Samples,
     dense_outputs: DenseOutputs,
     dense_weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
@@ -149,7 +150,7 @@ class _Refiner:
     model: nn.Module
     blocks: Sequence[Block]
     patterns: Mapping[str, Pattern]
-    calibration: Tensor
+    calibration: Samples
     dense: DenseOutputs
     dense_weights: Mapping[str, Tensor]
     masks: dict[str, Tensor]
@@ -160,8 +161,7 @@ class _Refiner:
 
     def run(self, passes: int) -> tuple[dict[str, Tensor], Refinement]:
         groups = self._groups()
-        window = self.calibration[:1]
-        skip = can_skip(self.model, self.blocks, window)
+        skip = can_skip(self.model, self.blocks, self.calibration)
         finished = {step.position for step in self.record.refinement() if step.last}
         loss = self.dense.total(self.model)
         over_masks = passes
@@ -209,8 +209,8 @@ class _Refiner:
 
     def _groups(self) -> list[tuple[int, list[PrunableLayer]]]:
         """Layers that share an input with the number of their block, in the order of a forward pass."""
-        window = self.calibration[:1]
-        stream = Stream(self.model, self.blocks, window, 1, can_skip(self.model, self.blocks, window))
+        skip = can_skip(self.model, self.blocks, self.calibration)
+        stream = Stream(self.model, self.blocks, self.calibration[:1], 1, skip)
         groups: list[tuple[int, list[PrunableLayer]]] = []
         for number, block in enumerate(self.blocks):
             if block.layers:

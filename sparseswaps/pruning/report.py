@@ -20,8 +20,9 @@ class PruneReport:
             refinement_swaps: weights that it exchanged. Layer records are from before it.
         calibration_hash: SHA-256 of the calibration windows' tokens.
         evaluation_windows: number of evaluation windows, each as long as those.
-        perplexity_dense, perplexity_pruned: of causal models.
-        cosine: mean cosine of pooled embeddings to the dense model's, for the others.
+        perplexity_dense, perplexity_pruned: of causal models, on text.
+        cosine: mean cosine of pooled embeddings to the dense model's, for the others; compared: name of the
+            model's output that they are made of (see ``models.outputs``).
         layers: one record per layer, those left dense included, which the means leave out; where kept weights
             were updated they are from that pass.
         error_start, error, held_out_error: means over layers of the relative layer errors of the warm
@@ -43,6 +44,7 @@ class PruneReport:
     perplexity_dense: float | None
     perplexity_pruned: float | None
     cosine: float | None
+    compared: str | None
     layers: tuple[LayerRecord, ...]
     error_start: float
     error: float

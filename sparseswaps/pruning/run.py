@@ -18,7 +18,7 @@ from ..calibration.dense_outputs import DenseOutputs
 from ..calibration.gathering import gradient_batch_size_for
 from ..calibration.store import TensorStore
 from ..errors import InputError
-from ..evaluation.measures import is_causal, mean_cosine
+from ..evaluation.measures import compared_output, is_causal, mean_cosine
 from ..evaluation.quality import model_embeddings, model_perplexity
 from ..machine import peak_memory_mb, versions
 from ..masks.saving import check_folder, dense_weights, hash_of_all, run_record, save_run
@@ -217,10 +217,14 @@ def _patterns(inputs: Inputs, context: RunContext) -> dict[str, Pattern]:
 
 @dataclass(frozen=True, eq=False)
 class _Quality:
-    """Perplexity of a causal model, embeddings (windows, hidden) of another; nothing without windows."""
+    """Perplexity of a causal model on text, else embeddings (windows, hidden) and what they are made of.
+
+    Nothing without windows.
+    """
 
     perplexity: float | None = None
     embeddings: Tensor | None = None
+    compared: str | None = None
 
     def cosine_to(self, dense: _Quality) -> float | None:
         if self.embeddings is None or dense.embeddings is None:
@@ -232,12 +236,13 @@ def _quality(inputs: Inputs, which: str, context: RunContext) -> _Quality:
     loaded, windows = inputs.model, inputs.evaluation
     if windows is None:
         return _Quality()
-    if is_causal(loaded.model):
+    if is_causal(loaded.model) and isinstance(windows.tokens, Tensor):
         report = _stage(context.progress, f"{which} perplexity")
         found = model_perplexity(loaded, windows.tokens, report, context.store, context.ranks)
         return _Quality(perplexity=found)
     report = _stage(context.progress, f"{which} embeddings")
-    return _Quality(embeddings=model_embeddings(loaded, windows.tokens, report, context.store, context.ranks))
+    embeddings = model_embeddings(loaded, windows.tokens, report, context.store, context.ranks)
+    return _Quality(embeddings=embeddings, compared=compared_output(loaded.model, windows.tokens))
 
 
 def _report(
@@ -258,6 +263,7 @@ def _report(
         perplexity_dense=before.perplexity,
         perplexity_pruned=after.perplexity,
         cosine=after.cosine_to(before),
+        compared=after.compared,
         layers=finished,
         error_start=sum(layer.error_start for layer in pruned) / len(pruned),
         error=sum(layer.error for layer in pruned) / len(pruned),

@@ -182,7 +182,7 @@ class PruneSettings(_Options):
     start: Solver = option(Wanda(), "Its warm start: magnitude, wanda, ria, random.", SOLVER)
     calibration: Text = option(
         None,
-        "Text file, token file (.npy), stdlib, or a dataset: what layers are fitted on.",
+        "Text file, token file (.npy), stdlib, a dataset, or inputs of the model (.safetensors, float .npy).",
         SOURCE,
         content=True,
     )

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..calibration.windows import calibration_windows, window_length
+from ..calibration.windows import calibration_windows, for_model, window_length
 from ..errors import InputError, InvalidFileError
 from ..evaluation.measures import is_causal
 from ..models.blocks import find_blocks
@@ -160,15 +160,17 @@ def extract(problem: Mapping[str, Any], seed: int, folder: Path, cache: Path) ->
         if not text or (target / "complete").exists():
             continue
         loaded = _loaded(resolve_model(problem["source"], folder))
-        length = window_length(loaded, problem["length"] or None)
+        source = resolve_path(text, folder)
+        length = window_length(loaded, problem["length"] or None, source)
         windows = calibration_windows(
-            resolve_path(text, folder),
+            source,
             loaded.tokenizer,
             HELD_OUT_SAMPLES if held_out else problem["samples"],
             length,
             0 if held_out else seed,
             special_tokens=not is_causal(loaded.model),
         )
+        windows = for_model(windows, loaded)
         blocks = find_blocks(loaded.model)
         facts = {layer.name: layer for block in blocks for layer in block.layers}
         for found in layer_problems(loaded.model, blocks, "50%", windows.tokens):

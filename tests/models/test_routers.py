@@ -25,6 +25,7 @@ FEW: dict[str, Any] = {"num_experts_per_tok": 2}
 DEEPSEEK: dict[str, Any] = {
     "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "q_lora_rank": 8,
     "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "num_key_value_heads": 4,
 }  # fmt: skip
 
 MIXTURES: dict[str, Any] = {
@@ -38,7 +39,7 @@ MIXTURES: dict[str, Any] = {
     "hunyuan": lambda: tf.HunYuanMoEV1ForCausalLM(
         tf.HunYuanMoEV1Config(**SIZES, num_experts=4, moe_topk=2, num_shared_expert=1)
     ),
-    "deepseek-v3": lambda: tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**SIZES, **FEW, **DEEPSEEK)),
+    "deepseek-v3": lambda: tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**{**SIZES, **DEEPSEEK}, **FEW)),
     "gpt-oss": lambda: tf.GptOssForCausalLM(tf.GptOssConfig(**SIZES, **FEW, num_local_experts=4)),
     "llama4": lambda: tf.Llama4ForCausalLM(
         tf.Llama4TextConfig(
