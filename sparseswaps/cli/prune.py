@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
+from ..evaluation.beginning import AddBos
 from ..evaluation.evaluate import evaluate as run_evaluate
 from ..machine import versions
 from ..masks.file import apply_masks, load_masks, verify_model
@@ -97,7 +98,7 @@ def prune(
                 out=out,
                 resume=resume,
                 progress=bars,
-                announce=lambda needs: error_console.print(str(needs), highlight=False, soft_wrap=True),
+                announce=lambda said: error_console.print(str(said), highlight=False, soft_wrap=True),
             )
     except KeyboardInterrupt:
         if out is not None and out.exists():
@@ -131,12 +132,13 @@ def _summary(report: PruneReport) -> object:
         ("sparsity", f"{report.sparsity:.4%} of {len(report.layers)} layers, {report.settings.mode}"),
         ("layer error", f"{report.error_start:.5f} → {report.error:.5f} (mean over layers, start → result)"),
     ]
+    begun = ", beginning-of-text token first" if report.settings.add_bos is AddBos.YES else ""
     if report.perplexity_dense is not None:
         rows.append(
             (
                 "perplexity",
                 f"dense {report.perplexity_dense:.4f}, pruned {report.perplexity_pruned:.4f} "
-                f"({report.evaluation_windows} windows of {report.settings.length} tokens)",
+                f"({report.evaluation_windows} windows of {report.settings.length} tokens{begun})",
             )
         )
     if report.cosine is not None:
@@ -171,6 +173,13 @@ def evaluate(
     evaluation_limit: Annotated[
         int | None, typer.Option(help="Use only so many windows of the text.")
     ] = None,
+    add_bos: Annotated[
+        str,
+        typer.Option(
+            help="Windows begin with the beginning-of-text token: yes, no, or auto: as when the model was "
+            "pruned, else if the loss is 0.5 lower so."
+        ),
+    ] = "auto",
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     offload: Offload = False,
@@ -198,6 +207,7 @@ def evaluate(
             reference=reference,
             length=length,
             evaluation_limit=evaluation_limit,
+            add_bos=add_bos,
             device=device,
             dtype=dtype,
             offload=offload,
@@ -208,7 +218,10 @@ def evaluate(
         "evaluation": found.windows.source,
         "windows": len(found.windows),
         "length": found.length,
+        "add_bos": str(found.beginning.add_bos),
     }
+    if found.perplexity is not None:
+        error_console.print(str(found.beginning), highlight=False, soft_wrap=True)
     values |= {"cosine": found.cosine} if found.perplexity is None else {"perplexity": found.perplexity}
     if json:
         print_json({**values, "tokens_hash": found.windows.hash, "versions": versions()})

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..calibration.windows import Windows, evaluation_windows, window_length
 from ..errors import InputError
+from ..masks.saving import SETTINGS_FILE
 from ..models.loading import LoadedModel, load_model, resolve_device
+from .beginning import AddBos, Beginning, begun_windows
 from .measures import is_causal, mean_cosine
 from .quality import model_embeddings, model_perplexity
 
@@ -22,6 +26,7 @@ class Evaluation:
     Attributes:
         model: directory or name.
         windows: of the text, each ``length`` tokens long.
+        beginning: whether they begin with the beginning-of-text token, and why.
         perplexity: of a causal model; cosine: mean cosine of an encoder's pooled embeddings to the
             reference's.
     """
@@ -29,6 +34,7 @@ class Evaluation:
     model: str
     windows: Windows
     length: int
+    beginning: Beginning
     perplexity: float | None
     cosine: float | None
 
@@ -40,6 +46,7 @@ def evaluate(
     reference: str | os.PathLike[str] | LoadedModel | None = None,
     length: int | None = None,
     evaluation_limit: int | None = None,
+    add_bos: AddBos | str = AddBos.AUTO,
     device: str = "auto",
     dtype: str = "auto",
     offload: bool = False,
@@ -49,10 +56,13 @@ def evaluate(
 
     Args:
         model: directory, hub name or a loaded model.
-        evaluation: text file, token file or dataset (see ``calibration.windows``), or windows.
+        evaluation: text, token file or dataset (see ``calibration.windows``), or windows.
         reference: dense model that an encoder is compared with.
         length: tokens per window, 2048 by default, at most what the model's positions allow.
         evaluation_limit: use only so many windows; all by default.
+        add_bos: whether windows begin with the beginning-of-text token: ``yes``, ``no``, or ``auto``: as when
+            the model was pruned, where its directory says so, else what the model's loss says (see
+            ``evaluation.beginning``).
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: of the computation; ``auto`` is float32 on a CPU, else the checkpoint's.
         offload: leave the weights in the checkpoint's files, one block at a time in memory.
@@ -61,6 +71,7 @@ def evaluate(
     Raises:
         InputError: for anything that cannot be used, and for an encoder without a reference.
     """
+    asked = AddBos.read(add_bos)
     target = resolve_device(device)
 
     def loaded_from(source: str | os.PathLike[str] | LoadedModel) -> LoadedModel:
@@ -74,11 +85,18 @@ def evaluate(
     causal = is_causal(loaded.model)
     if not causal and reference is None:
         raise InputError(f"model {loaded.source} is an encoder: expected --reference DENSE_MODEL, found none")
-    windows = evaluation
-    if not isinstance(windows, Windows):
-        windows = evaluation_windows(
-            windows, loaded.tokenizer, tokens, evaluation_limit, special_tokens=not causal
+
+    def cut(bos: bool) -> Windows:
+        if isinstance(evaluation, Windows):
+            return evaluation.with_bos(loaded.tokenizer) if bos else evaluation
+        return evaluation_windows(
+            evaluation, loaded.tokenizer, tokens, evaluation_limit, special_tokens=not causal, bos=bos
         )
+
+    known = _recorded(loaded.source) if asked is AddBos.AUTO and causal else None
+    windows, beginning = begun_windows(loaded, known or asked, cut)
+    if known is not None:
+        beginning = replace(beginning, reason=f"as {SETTINGS_FILE} of the model says")
     perplexity = cosine = None
     if causal:
         perplexity = model_perplexity(loaded, windows.tokens, report("perplexity"))
@@ -87,4 +105,14 @@ def evaluate(
             model_embeddings(loaded, windows.tokens, report("embeddings")),
             model_embeddings(loaded_from(reference), windows.tokens, report("reference")),
         )
-    return Evaluation(loaded.source, windows, tokens, perplexity, cosine)
+    return Evaluation(loaded.source, windows, tokens, beginning, perplexity, cosine)
+
+
+def _recorded(source: str) -> AddBos | None:
+    """What was decided when the model of a directory was pruned, None if nothing there says so."""
+    try:
+        settings = tomllib.loads((Path(source) / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    found = settings.get("add_bos")
+    return AddBos(found) if found in (AddBos.YES, AddBos.NO) else None

@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..calibration.windows import Windows, calibration_windows, evaluation_windows, window_length
-from ..errors import InputError, InvalidTextError
+from ..calibration.windows import (
+    Windows,
+    calibration_windows,
+    check_vocabulary,
+    evaluation_windows,
+    window_length,
+)
+from ..errors import InputError
+from ..evaluation.beginning import AddBos, Beginning, as_decided, decide_beginning
 from ..evaluation.measures import is_causal
 from ..models.blocks import Block, PrunableLayer, check_finite, device_of, find_blocks
 from ..models.loading import LoadedModel, load_model, resolve_device
@@ -23,6 +29,9 @@ from .pipeline import check_options, with_drift_that_works, with_stated_drifts
 from .refinement import check_refinement
 from .settings import Allocation, Machine, Mode, PruneSettings
 
+# Told what a run will need, and how its windows begin.
+Announce = Callable[[Estimate | Beginning], None]
+
 # Windows of the evaluation text on which layer errors are measured as well.
 HELD_OUT_WINDOWS = 16
 
@@ -32,7 +41,7 @@ class Inputs:
     """Model and texts of a run.
 
     Attributes:
-        settings: with stated drifts and the windows' length.
+        settings: with stated drifts, the windows' length and how they begin.
         model: loaded.
         blocks: its prunable blocks.
         calibration, evaluation: windows; no evaluation is None.
@@ -63,7 +72,7 @@ def gather_inputs(
     model: str | os.PathLike[str] | LoadedModel,
     settings: PruneSettings,
     machine: Machine,
-    announce: Callable[[Estimate], None] | None = None,
+    announce: Announce | None = None,
     saved: bool = False,
 ) -> Inputs:
     """Load and check everything; shapes and texts first, so that a large model is not loaded for nothing.
@@ -72,7 +81,7 @@ def gather_inputs(
         model: directory, hub name, or a loaded model.
         settings: of the run.
         machine: where it runs.
-        announce: told what the run will need, before the weights are loaded.
+        announce: told what the run will need, before the weights are loaded, and how windows begin.
         saved: whether the result will be saved.
 
     Raises:
@@ -86,7 +95,7 @@ def gather_inputs(
         shapes = load_model(model, target, machine.dtype, weights=False)
     asked = replace(settings, length=window_length(shapes, settings.length))
     settings = with_stated_drifts(asked)
-    calibration, evaluation = _windows(shapes, settings)
+    calibration, evaluation = _windows(shapes, settings, settings.add_bos is AddBos.YES)
     blocks = find_blocks(shapes.model, settings.include, settings.exclude)
     patterns = patterns_of(blocks, settings.pattern)
     check_options(settings, patterns.values())
@@ -128,27 +137,36 @@ def gather_inputs(
     for block in blocks:
         with loaded.residence.resident(block):
             check_finite([block])
+    beginning = decide_beginning(loaded, asked.add_bos, calibration, machine.ranks)
+    if announce is not None and machine.ranks.first and is_causal(loaded.model):
+        announce(beginning)
+    calibration, evaluation = as_decided(
+        beginning, asked.add_bos, (calibration, evaluation), lambda bos: _windows(loaded, asked, bos)
+    )
+    asked = replace(asked, add_bos=beginning.add_bos)
     settings = with_drift_that_works(loaded.model, blocks, asked, calibration.tokens, machine.ranks)
     return Inputs(settings, loaded, blocks, calibration, evaluation, target, limit)
 
 
-def _windows(shapes: LoadedModel, settings: PruneSettings) -> tuple[Windows, Windows | None]:
-    """Windows of the calibration and of the evaluation text."""
+def _windows(shapes: LoadedModel, settings: PruneSettings, bos: bool) -> tuple[Windows, Windows | None]:
+    """Windows of the calibration and of the evaluation text, with a beginning-of-text token or without."""
     length, special = settings.length or 0, not is_causal(shapes.model)
+    tokenizer = shapes.tokenizer
     source = settings.calibration
     if source is None:
         raise InputError("calibration: expected a text, a token file or a dataset, found none")
-    windows = (
-        source
-        if isinstance(source, Windows)
-        else calibration_windows(source, shapes.tokenizer, settings.samples, length, settings.seed, special)
-    )
-    other = settings.evaluation
-    if other is not None and not isinstance(other, Windows):
-        other = evaluation_windows(
-            other, shapes.tokenizer, length, settings.evaluation_limit, special_tokens=special
+    if isinstance(source, Windows):
+        windows = source.with_bos(tokenizer) if bos else source
+    else:
+        windows = calibration_windows(
+            source, tokenizer, settings.samples, length, settings.seed, special, bos
         )
-    _check_vocabulary(shapes, windows, other)
+    other = settings.evaluation
+    if isinstance(other, Windows):
+        other = other.with_bos(tokenizer) if bos else other
+    elif other is not None:
+        other = evaluation_windows(other, tokenizer, length, settings.evaluation_limit, special, bos)
+    check_vocabulary(shapes, windows, other)
     return windows, other
 
 
@@ -157,14 +175,3 @@ def _spread(windows: Tensor, count: int) -> Tensor:
     if len(windows) <= count:
         return windows
     return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
-
-
-def _check_vocabulary(loaded: LoadedModel, *windows: Windows | None) -> None:
-    embeddings: Any = loaded.model.get_input_embeddings()
-    size = int(embeddings.num_embeddings)
-    for each in windows:
-        if each is not None and not 0 <= int(each.tokens.min()) <= int(each.tokens.max()) < size:
-            raise InvalidTextError(
-                f"tokens of {each.source}: expected ids from 0 to {size - 1}, the vocabulary of "
-                f"{loaded.source}, found {int(each.tokens.min())} to {int(each.tokens.max())}"
-            )

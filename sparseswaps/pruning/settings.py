@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from ..calibration.windows import Windows
 from ..errors import InputError
+from ..evaluation.beginning import AddBos
 from ..models.blocks import DEFAULT_EXCLUDE
 from ..problems.pattern import PatternRule
 from ..ranks import Ranks
@@ -169,7 +170,8 @@ class PruneSettings(_Options):
     start: Solver = option(Wanda(), "Its warm start: magnitude, wanda, ria, random.", SOLVER)
     calibration: Text = option(
         None,
-        "Text file, token file (.npy), stdlib, or a dataset: what layers are fitted on.",
+        "What layers are fitted on: a text, .jsonl or .parquet (FILE:COLUMN), a folder of them, a token file "
+        "(.npy), stdlib, or a dataset.",
         SOURCE,
         content=True,
     )
@@ -187,6 +189,11 @@ class PruneSettings(_Options):
     seed: int = option(0, "Of the choice of windows.", NUMBER)
     evaluation_limit: int | None = option(
         None, "Use only so many windows of the evaluation text.", PERHAPS_COUNT, old={"--eval-windows": None}
+    )
+    add_bos: AddBos = option(
+        AddBos.AUTO,
+        "Windows begin with the beginning-of-text token: yes, no, or auto: if the dense loss is 0.5 lower so.",
+        Kind(_choice(AddBos), str),
     )
     mode: Mode = option(
         Mode.SEQUENTIAL,
