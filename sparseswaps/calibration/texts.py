@@ -185,7 +185,8 @@ def _dataset(name: str, tokenizer: PreTrainedTokenizerBase | None) -> Documents:
     if name in DATASETS:
         path, configuration, files, split, column = DATASETS[name]
     elif ":" in name:
-        path, split, column = ([*name.split(":"), None])[:3]
+        path, split, *named = name.split(":")
+        column = named[0] if named else None
     try:
         if Path(path).is_dir():
             loaded = datasets.load_from_disk(path)

@@ -28,7 +28,7 @@ from typing import Any
 
 from ..calibration.windows import bos_token
 from ..errors import InputError, InvalidModelError, SolverNotInstalledError
-from ..models.loading import load_model, resolve_device
+from ..models.loading import LoadedModel, load_model, resolve_device
 from .beginning import AddBos
 from .measures import is_causal
 
@@ -128,13 +128,7 @@ def zero_shot(
     begin = time.perf_counter()
     manager = _task_manager(tasks, task_path)
     name = os.fspath(model)
-    loaded = load_model(name, resolve_device(device), dtype)
-    if not is_causal(loaded.model):
-        raise InvalidModelError(
-            f"model {name}: expected a causal language model, found {type(loaded.model).__name__}"
-        )
-    if loaded.tokenizer is None:
-        raise InvalidModelError(f"model {name}: expected a tokenizer beside the weights, found none")
+    loaded = _causal_model(name, device, dtype)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -185,6 +179,18 @@ def zero_shot(
     return report
 
 
+def _causal_model(name: str, device: str, dtype: str) -> LoadedModel:
+    """A causal model with its tokenizer."""
+    loaded = load_model(name, resolve_device(device), dtype)
+    if not is_causal(loaded.model):
+        raise InvalidModelError(
+            f"model {name}: expected a causal language model, found {type(loaded.model).__name__}"
+        )
+    if loaded.tokenizer is None:
+        raise InvalidModelError(f"model {name}: expected a tokenizer beside the weights, found none")
+    return loaded
+
+
 def _begin(tokenizer: Any, add_bos: AddBos) -> bool:
     """Whether what the tokenizer encodes begins with the beginning-of-text token, after making it so."""
     token = bos_token(tokenizer)
@@ -198,8 +204,8 @@ def _begin(tokenizer: Any, add_bos: AddBos) -> bool:
         tokenizer.add_bos_token = True
         if not begins():
             raise InputError(
-                "beginning-of-text token: expected a tokenizer that has one (bos_token) and puts it in front, "
-                "found one that does not"
+                "beginning-of-text token: expected a tokenizer that has one (bos_token) and puts it in "
+                "front, found one that does not"
             )
     return begins()
 

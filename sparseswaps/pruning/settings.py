@@ -192,7 +192,7 @@ class PruneSettings(_Options):
     )
     add_bos: AddBos = option(
         AddBos.AUTO,
-        "Windows begin with the beginning-of-text token: yes, no, or auto: if the dense loss is 0.5 lower so.",
+        "Windows begin with the beginning-of-text token: yes, no, or auto: if the loss is 0.5 lower so.",
         Kind(_choice(AddBos), str),
     )
     mode: Mode = option(
