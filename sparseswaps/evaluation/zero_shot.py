@@ -115,11 +115,7 @@ def zero_shot(
         InvalidModelError: if the model cannot be loaded or is not causal.
         InputError: for an unknown task, one whose data cannot be loaded, or a token that there is not.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise SolverNotInstalledError(
-            "zero-shot tasks need lm-evaluation-harness: expected lm_eval to be installed, found none; "
-            "run pip install 'sparseswaps[eval]'"
-        )
+    _require_harness()
     if not tasks:
         raise InputError("zero-shot tasks: expected at least one, found none")
     for count in ("limit", limit), ("batch_size", batch_size):
@@ -177,6 +173,14 @@ def zero_shot(
     if out is not None:
         write_atomically(Path(out), json.dumps(report.to_json(), indent=2, sort_keys=True) + "\n")
     return report
+
+
+def _require_harness() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise SolverNotInstalledError(
+            "zero-shot tasks need lm-evaluation-harness: expected lm_eval to be installed, found none; "
+            "run pip install 'sparseswaps[eval]'"
+        )
 
 
 def _causal_model(name: str, device: str, dtype: str) -> LoadedModel:
