@@ -176,6 +176,9 @@ def _json_list(path: Path) -> Iterable[tuple[str, Any]]:
 def _parsed(text: str, where: str, expected: str) -> Any:
     try:
         return json.loads(text)
+    except json.JSONDecodeError as error:
+        found = f"{error.msg} at column {error.colno}"
+        raise InvalidTextError(f"{where}: expected {expected}, found {found}") from error
     except (ValueError, RecursionError) as error:
         raise InvalidTextError(f"{where}: expected {expected}, found {error}") from error
 

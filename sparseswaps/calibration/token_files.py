@@ -23,7 +23,8 @@ def read_token_file(path: Path) -> Tensor:
     """
     name = f"token file {path}"
     try:
-        tokens: Any = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            tokens: Any = np.load(file, allow_pickle=False)
     except Exception as error:  # whatever a damaged file makes NumPy raise
         lines = str(error).strip().splitlines()
         raise InvalidTextError(
