@@ -60,6 +60,16 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
+# Files of a vocabulary, whatever the class of the tokenizer.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json")
+
+
+def _has_vocabulary(tokenizer: Any, folder: Path) -> bool:
+    """Whether a tokenizer was read from files: transformers makes empty ones up where there are none."""
+    named = tuple(tokenizer.vocab_files_names.values())
+    return not named or any((folder / name).is_file() for name in (*named, *VOCABULARIES))
+
+
 def load_model(
     source: str | os.PathLike[str],
     device: str | torch.device = "cpu",
@@ -115,6 +125,8 @@ def load_model(
         ) from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if path.is_dir() and not _has_vocabulary(tokenizer, path):
+            tokenizer = None
     except Exception:  # a model without a tokenizer still prunes on token files
         tokenizer = None
     dtypes = {key: t.dtype for key, t in [*model.named_parameters(), *model.named_buffers()]}
