@@ -123,6 +123,7 @@ def load_model(
             f"model {name}: expected a transformers checkpoint, found {type(error).__name__}: "
             f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
         ) from error
+    tokenizer: Any
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if path.is_dir() and not _has_vocabulary(tokenizer, path):
