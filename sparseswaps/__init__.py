@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from . import errors, problems, solvers
     from .calibration import Windows, calibration_windows, evaluation_windows
     from .errors import *  # noqa: F403
-    from .evaluation import Evaluation, evaluate
+    from .evaluation import AddBos, Evaluation, evaluate
     from .masks import apply_masks, load_masks, verify_model
     from .models import find_blocks, load_model
     from .problems import *  # noqa: F403
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         *errors.__all__,
         *problems.__all__,
         *solvers.__all__,
+        "AddBos",
         "Allocation",
         "Evaluation",
         "Machine",
@@ -73,7 +74,7 @@ if TYPE_CHECKING:
 _WHOLE = ("errors", "problems", "solvers")
 _NAMES = {
     "calibration": ("Windows", "calibration_windows", "evaluation_windows"),
-    "evaluation": ("Evaluation", "evaluate"),
+    "evaluation": ("AddBos", "Evaluation", "evaluate"),
     "masks": ("apply_masks", "load_masks", "verify_model"),
     "models": ("find_blocks", "load_model"),
     "pruning": (

@@ -1,9 +1,13 @@
-"""Windows for calibration and evaluation, from a local text, a token file, a dataset or a file of inputs.
+"""Windows for calibration and evaluation, from a text, a token file, a dataset or a file of inputs.
 
 The field's calibration protocol (SparseGPT, Wanda): 128 windows of 2048 tokens, seeded. A local
 text is tokenised once and cut into non-overlapping windows, of which a seeded choice is taken. For
 a dataset, documents are drawn at random until one is longer than a window, and a random window of
 it is taken.
+
+The field's windows carry no beginning-of-text token. Where a model needs it, a window of ``length`` tokens is
+the token and ``length - 1`` tokens of the text: it stays within the model's positions, and each token of the
+text but the tail is predicted once, the beginning-of-text token never.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,21 +28,15 @@ from ..errors import InvalidTextError
 from ..models.blocks import max_length
 from ..models.inputs import Samples
 from ..models.loading import LoadedModel
-from .corpus import standard_library_text
 from .features import fitted, is_features, read_features, require_tokens
+from .texts import Documents, read_documents
+from .token_files import read_token_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Names that the field uses, and where they are: path, configuration, data files, split, column.
-DATASETS: dict[str, tuple[str, str | None, dict[str, str] | None, str, str]] = {
-    "c4": ("allenai/c4", None, {"train": "en/c4-train.00000-of-01024.json.gz"}, "train", "text"),
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "train", "text"),
-    "wikitext2-test": ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "test", "text"),
-}
 # Tokens per window where nothing else is asked for.
 DEFAULT_LENGTH = 2048
-STANDARD_LIBRARY = {"stdlib": "train", "stdlib-held-out": "held-out"}
 # Draws from a dataset before giving up on finding documents longer than a window.
 MAX_DRAWS = 200_000
 
@@ -72,6 +70,16 @@ class Windows:
         """Tokens per window, or positions per sample."""
         return self.tokens.shape[1]
 
+    def with_bos(self, tokenizer: PreTrainedTokenizerBase | None) -> Windows:
+        """These windows, each beginning with the tokenizer's beginning-of-text token (see ``with_bos``).
+
+        Raises:
+            InvalidTextError: if the tokenizer has none.
+        """
+        if not isinstance(self.tokens, Tensor):
+            raise _no_tokens(self.source)
+        return replace(self, tokens=with_bos(self.tokens, _require_bos(tokenizer)))
+
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
@@ -83,25 +91,30 @@ def calibration_windows(
     length: int | None,
     seed: int = 0,
     special_tokens: bool = False,
+    bos: bool = False,
 ) -> Windows:
     """A seeded choice of ``samples`` windows of ``length`` tokens, or of samples of other inputs.
 
     Args:
-        source: a text file, a token file (``.npy``, one- or two-dimensional integers), ``stdlib``
-            (source code of Python's standard library) or a dataset: ``c4``, ``wikitext2`` or any
-            ``path[:split[:column]]`` that ``datasets`` loads; or a file of inputs (see ``features``).
+        source: a token file (``.npy``, one- or two-dimensional integers), a text: a file, a file of
+            records, a folder of them, ``stdlib`` or a dataset (see ``texts.read_documents``); or a file of
+            inputs (see ``features``).
         tokenizer: needed for text.
         samples: windows to choose; fewer are taken, with a warning, if there are not as many.
-        length: tokens per window; of a text only.
+        length: tokens per window, special ones included; of a text only.
         seed: of the choice.
         special_tokens: start and end every window with the tokenizer's special tokens, as encoders
             expect.
+        bos: start every window with the tokenizer's beginning-of-text token.
 
     Raises:
-        InvalidTextError: if the source is missing, too short or not usable.
+        InvalidTextError: if the source is missing, too short or not usable, or ``bos`` is asked for where
+            there is no such token.
     """
     generator = np.random.default_rng(seed)
     if is_features(source):
+        if bos:
+            raise _no_tokens(source)
         features = read_features(source)
         chosen = _choice(len(features), source, samples, generator, "samples")
         return Windows(features[chosen], os.fspath(source), len(features))
@@ -109,15 +122,15 @@ def calibration_windows(
         raise InvalidTextError(
             f"calibration windows: expected samples ≥ 1 and length ≥ 2, found {samples} and {length}"
         )
-    frame = _frame(tokenizer, special_tokens)
-    inner = length - len(frame[0]) - len(frame[1])
-    dataset = _dataset(source)
-    if dataset is not None:
-        windows = _windows_of_documents(dataset, _require(tokenizer, source), samples, inner, generator)
-        return Windows(_framed(windows, frame), os.fspath(source), samples)
-    every = _cut(_tokens_of(source, tokenizer), inner, source)
+    frame = _frame(tokenizer, length, special_tokens, bos)
+    name = os.fspath(source)
+    read = _read(name, tokenizer)
+    if isinstance(read, Documents) and read.drawn:
+        windows = _windows_of_documents(read, _require(tokenizer, name), samples, frame.inner, generator)
+        return Windows(frame.around(windows), name, samples)
+    every = _cut(_stream_or_windows(read, tokenizer, name), frame, name)
     chosen = _choice(len(every), source, samples, generator, f"windows of {length} tokens")
-    return Windows(_framed(every[chosen], frame), os.fspath(source), len(every))
+    return Windows(every[chosen], name, len(every))
 
 
 def _choice(
@@ -135,50 +148,103 @@ def evaluation_windows(
     length: int | None,
     limit: int | None = None,
     special_tokens: bool = False,
+    bos: bool = False,
 ) -> Windows:
-    """All ⌊N / length⌋ non-overlapping windows of a text, the tail dropped; the first ``limit``.
+    """All non-overlapping windows of a text, the tail dropped; the first ``limit``.
 
-    Rows of a dataset are joined with a blank line and tokenised once (the WikiText-2 protocol). Of a file of
-    inputs all samples.
+    Documents are joined with a blank line and tokenised once (the WikiText-2 protocol); of a file of inputs
+    all samples are taken. Arguments as for ``calibration_windows``.
 
     Raises:
-        InvalidTextError: if the source is missing or shorter than one window.
+        InvalidTextError: if the source is missing, shorter than one window or not usable.
     """
+    if limit is not None and limit < 1:
+        raise InvalidTextError(f"evaluation windows: expected a limit ≥ 1, found {limit}")
     if is_features(source):
+        if bos:
+            raise _no_tokens(source)
         found = read_features(source)
         return Windows(found[:limit], os.fspath(source), len(found))
-    if length is None:
-        raise InvalidTextError(f"text {source}: expected the length of its windows, found none")
-    frame = _frame(tokenizer, special_tokens)
-    inner = length - len(frame[0]) - len(frame[1])
-    dataset = _dataset(source)
-    if dataset is not None:
-        text = "\n\n".join(str(document) for document in dataset)
-        tokens = _tokenize(text, _require(tokenizer, source))
-    else:
-        tokens = _tokens_of(source, tokenizer)
-    every = _cut(tokens, inner, source)
-    return Windows(_framed(every[:limit], frame), os.fspath(source), len(every))
+    if length is None or length < 2:
+        raise InvalidTextError(f"evaluation windows: expected length ≥ 2, found {length}")
+    frame = _frame(tokenizer, length, special_tokens, bos)
+    name = os.fspath(source)
+    every = _cut(_stream_or_windows(_read(name, tokenizer), tokenizer, name), frame, name)
+    return Windows(every[:limit], name, len(every))
 
 
-def _frame(tokenizer: PreTrainedTokenizerBase | None, special_tokens: bool) -> tuple[list[int], list[int]]:
-    """Special tokens before and after a window."""
+def _no_tokens(source: object) -> InvalidTextError:
+    return InvalidTextError(f"beginning-of-text token: expected windows of tokens, found inputs {source}")
+
+
+def with_bos(windows: Tensor, bos: int) -> Tensor:
+    """Token windows (windows, length) that begin with ``bos``.
+
+    Those that do not begin with it get it in front and lose their last token.
+    """
+    front = torch.cat([windows.new_full((len(windows), 1), bos), windows[:, :-1]], 1)
+    return torch.where(windows[:, :1] == bos, windows, front)
+
+
+def bos_token(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """Id of a tokenizer's beginning-of-text token, None if it has none."""
+    found = getattr(tokenizer, "bos_token_id", None)
+    return found if isinstance(found, int) else None
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Special tokens around the text in a window of ``length`` tokens; ``bos`` if it alone is in front."""
+
+    length: int
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    bos: int | None = None
+
+    @property
+    def inner(self) -> int:
+        """Tokens of the text in a window."""
+        return self.length - len(self.before) - len(self.after)
+
+    def around(self, windows: Tensor) -> Tensor:
+        """(windows, inner) of text in their frame (windows, length)."""
+        before = torch.tensor(self.before, dtype=torch.int64).expand(len(windows), -1)
+        after = torch.tensor(self.after, dtype=torch.int64).expand(len(windows), -1)
+        return torch.cat([before, windows, after], 1)
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase | None, length: int, special_tokens: bool, bos: bool) -> _Frame:
+    if bos and special_tokens:
+        raise InvalidTextError(
+            "beginning-of-text token: expected a causal model, found one whose windows have the special "
+            "tokens of its tokenizer"
+        )
+    if bos:
+        token = _require_bos(tokenizer)
+        return _Frame(length, (token,), (), token)
     if not special_tokens or tokenizer is None:
-        return [], []
+        return _Frame(length)
     both = tokenizer("", add_special_tokens=True)["input_ids"]
     middle = (len(both) + 1) // 2
-    return list(both[:middle]), list(both[middle:])
+    frame = _Frame(length, tuple(both[:middle]), tuple(both[middle:]))
+    if frame.inner < 1:
+        raise InvalidTextError(
+            f"window length: expected more than the {len(both)} special tokens of a window, found {length}"
+        )
+    return frame
 
 
-def _framed(windows: Tensor, frame: tuple[list[int], list[int]]) -> Tensor:
-    before = torch.tensor(frame[0], dtype=torch.int64).expand(len(windows), -1)
-    after = torch.tensor(frame[1], dtype=torch.int64).expand(len(windows), -1)
-    return torch.cat([before, windows, after], 1)
+def _require_bos(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    token = bos_token(tokenizer)
+    if token is None:
+        raise InvalidTextError(
+            "beginning-of-text token: expected a tokenizer that has one (bos_token), found "
+            + ("no tokenizer beside the model" if tokenizer is None else "one without")
+        )
+    return token
 
 
-def _require(
-    tokenizer: PreTrainedTokenizerBase | None, source: str | os.PathLike[str]
-) -> PreTrainedTokenizerBase:
+def _require(tokenizer: PreTrainedTokenizerBase | None, source: str) -> PreTrainedTokenizerBase:
     if tokenizer is None:
         raise InvalidTextError(
             f"text {source}: expected a tokenizer beside the model, found none; give a token file (.npy)"
@@ -193,84 +259,45 @@ def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.tensor(tokens, dtype=torch.int64)
 
 
-def _tokens_of(source: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
-    name = os.fspath(source)
-    if name in STANDARD_LIBRARY:
-        part: Any = STANDARD_LIBRARY[name]
-        return _tokenize(standard_library_text(part), _require(tokenizer, source))
-    path = Path(name)
-    if not path.is_file():
-        raise InvalidTextError(
-            f"text {name}: expected a text file, a token file (.npy) or a dataset name, found no such file"
-        )
-    if path.suffix == ".npy":
-        try:
-            tokens = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise InvalidTextError(f"token file {name}: expected a NumPy array, found {error}") from error
-        if tokens.ndim not in (1, 2) or not np.issubdtype(tokens.dtype, np.integer):
-            raise InvalidTextError(
-                f"token file {name}: expected one or two dimensions of integers, "
-                f"found {tokens.ndim} of {tokens.dtype}"
-            )
-        return torch.from_numpy(tokens.astype(np.int64))
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise InvalidTextError(f"text {name}: expected readable UTF-8, found {error}") from error
-    return _tokenize(text, _require(tokenizer, source))
+def _read(source: str, tokenizer: PreTrainedTokenizerBase | None) -> Tensor | Documents:
+    """The tokens of a token file, the documents of anything else."""
+    path = Path(source)
+    if path.suffix.lower() == ".npy" and path.is_file():
+        return read_token_file(path)
+    return read_documents(source, tokenizer)
 
 
-def _cut(tokens: Tensor, length: int, source: str | os.PathLike[str]) -> Tensor:
+def _stream_or_windows(
+    read: Tensor | Documents, tokenizer: PreTrainedTokenizerBase | None, source: str
+) -> Tensor:
+    """Tokens of a whole text (tokens,), or windows (windows, tokens) of a token file."""
+    if isinstance(read, Tensor):
+        return read
+    return _tokenize(read.joined(), _require(tokenizer, source))
+
+
+def _cut(tokens: Tensor, frame: _Frame, source: str) -> Tensor:
     """(windows, length) from a stream of tokens, or from windows that are at least as long."""
     if tokens.ndim == 2:
-        if tokens.shape[1] < length or len(tokens) == 0:
+        # whoever made such windows may have put the token in front
+        width = frame.inner if frame.bos is None else frame.length
+        if tokens.shape[1] < width:
             raise InvalidTextError(
-                f"token file {os.fspath(source)}: expected windows of at least {length} tokens, "
+                f"token file {source}: expected windows of at least {width} tokens, "
                 f"found shape {tuple(tokens.shape)}"
             )
-        return tokens[:, :length]
-    count = len(tokens) // length
+        windows = tokens[:, :width]
+        return frame.around(windows) if frame.bos is None else with_bos(windows, frame.bos)
+    count = len(tokens) // frame.inner
     if count == 0:
         raise InvalidTextError(
-            f"text {os.fspath(source)}: expected at least one window of {length} tokens, "
-            f"found {len(tokens)} tokens"
+            f"text {source}: expected at least one window of {frame.inner} tokens, found {len(tokens)} tokens"
         )
-    return tokens[: count * length].view(count, length)
-
-
-def _dataset(source: str | os.PathLike[str]) -> Any | None:
-    """The text column of a dataset, or None if ``source`` is a file or the standard library."""
-    name = os.fspath(source)
-    if name in STANDARD_LIBRARY or Path(name).is_file() or Path(name).suffix in (".txt", ".npy"):
-        return None
-    try:
-        import datasets
-    except ImportError as error:
-        raise InvalidTextError(
-            f"text {name}: found no such file, and for a dataset expected the library datasets: "
-            "run pip install 'sparseswaps[datasets]'"
-        ) from error
-    path, configuration, files, split, column = DATASETS.get(name, (name, None, None, "train", "text"))
-    if name not in DATASETS and ":" in name:
-        path, split, column = ([*name.split(":"), "text"])[:3]
-    try:
-        if Path(path).is_dir():
-            loaded = datasets.load_from_disk(path)
-            loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            loaded = datasets.load_dataset(path, configuration, data_files=files, split=split)
-        return loaded[column]
-    except Exception as error:  # whatever loading or the network raises
-        message = str(error).strip().splitlines()
-        raise InvalidTextError(
-            f"text {name}: expected a text file, a token file (.npy) or a dataset, "
-            f"found {type(error).__name__}: {message[0] if message else 'no message'}"
-        ) from error
+    return frame.around(tokens[: count * frame.inner].view(count, frame.inner))
 
 
 def _windows_of_documents(
-    documents: Any,
+    documents: Documents,
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
     length: int,
@@ -279,8 +306,8 @@ def _windows_of_documents(
     """Random windows of random documents that are longer than a window."""
     windows: list[Tensor] = []
     draw: Callable[[int], int] = lambda size: int(generator.integers(size))  # noqa: E731
-    for _ in range(MAX_DRAWS):
-        tokens = _tokenize(str(documents[draw(len(documents))]), tokenizer)
+    for _ in range(MAX_DRAWS if len(documents) else 0):
+        tokens = _tokenize(documents[draw(len(documents))], tokenizer)
         if len(tokens) > length:
             start = draw(len(tokens) - length)
             windows.append(tokens[start : start + length])

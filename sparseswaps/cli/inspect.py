@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..calibration.windows import calibration_windows, for_model, window_length
+from ..calibration.windows import Windows, calibration_windows, for_model, window_length
 from ..errors import InputError
+from ..evaluation.beginning import AddBos, begun_windows
 from ..evaluation.measures import is_causal
 from ..machine import versions
 from ..models.blocks import check_finite, find_blocks
@@ -20,7 +21,7 @@ from ..problems.files import save_instance
 from ..pruning.pipeline import layer_problems
 from ..solvers.registry import SOLVERS
 from .options import AllowPickle, TrustRemoteCode
-from .output import console, progress_bars, quiet_libraries
+from .output import console, error_console, progress_bars, quiet_libraries
 
 
 def register(app: typer.Typer) -> None:
@@ -38,6 +39,10 @@ def extract(
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the choice of windows.")] = 0,
+    add_bos: Annotated[
+        str,
+        typer.Option(help="Windows begin with the beginning-of-text token: auto, yes or no; see `prune`."),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -48,6 +53,7 @@ def extract(
 
     sparseswaps extract ./llama --layers '*layers.0.*' --calibration text.txt --out instances
     """
+    begin = AddBos.read(add_bos)
     quiet_libraries()
     if out.exists() and not out.is_dir():
         raise InputError(f"output {out}: expected a directory, found a file")
@@ -55,10 +61,14 @@ def extract(
     tokens = window_length(loaded, length, calibration)
     blocks = find_blocks(loaded.model, tuple(layers or ()))
     check_finite(blocks)
-    windows = calibration_windows(
-        calibration, loaded.tokenizer, samples, tokens, seed, not is_causal(loaded.model)
-    )
-    windows = for_model(windows, loaded)
+    special = not is_causal(loaded.model)
+
+    def cut(bos: bool) -> Windows:
+        found = calibration_windows(calibration, loaded.tokenizer, samples, tokens, seed, special, bos)
+        return for_model(found, loaded)
+
+    windows, beginning = begun_windows(loaded, begin, cut)
+    error_console.print(str(beginning), highlight=False, soft_wrap=True)
     provenance = {
         "model": model,
         "calibration": windows.source,
@@ -66,6 +76,7 @@ def extract(
         "windows": len(windows),
         "length": tokens,
         "seed": seed,
+        "add_bos": str(beginning.add_bos),
         "versions": versions(),
     }
     total = sum(len(block.layers) for block in blocks)

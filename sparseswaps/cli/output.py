@@ -19,9 +19,9 @@ from rich.table import Table
 
 from ..records.run import LayerRecord
 
-# a pipe or a file has no width of its own: enough for the layer table
-console = Console(width=None if sys.stdout.isatty() else 120)
-error_console = Console(stderr=True)
+# a pipe or a file has no width of its own: enough for the layer table; "file:x:" is a name, no emoji
+console = Console(width=None if sys.stdout.isatty() else 120, emoji=False)
+error_console = Console(stderr=True, emoji=False)
 
 
 class ProgressBars:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
+from ..evaluation.beginning import AddBos
 from ..evaluation.evaluate import evaluate as run_evaluate
 from ..machine import versions
 from ..masks.file import apply_masks, load_masks, verify_model
@@ -98,7 +99,7 @@ def prune(
                 out=out,
                 resume=resume,
                 progress=bars,
-                announce=lambda needs: error_console.print(str(needs), highlight=False, soft_wrap=True),
+                announce=lambda said: error_console.print(str(said), highlight=False, soft_wrap=True),
             )
     except KeyboardInterrupt:
         if out is not None and out.exists():
@@ -134,6 +135,8 @@ def _summary(report: PruneReport) -> object:
     ]
     length = report.settings.length
     windows = f"{report.evaluation_windows} " + (f"windows of {length} tokens" if length else "samples")
+    if report.settings.add_bos is AddBos.YES:
+        windows += ", beginning-of-text token first"
     if report.perplexity_dense is not None:
         rows.append(
             (
@@ -172,6 +175,13 @@ def evaluate(
     evaluation_limit: Annotated[
         int | None, typer.Option(help="Use only so many windows of the text.")
     ] = None,
+    add_bos: Annotated[
+        str,
+        typer.Option(
+            help="Windows begin with the beginning-of-text token: yes, no, or auto: as when the model was "
+            "pruned, else if the loss is 0.5 lower so."
+        ),
+    ] = "auto",
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     offload: Offload = False,
@@ -201,6 +211,7 @@ def evaluate(
             reference=reference,
             length=length,
             evaluation_limit=evaluation_limit,
+            add_bos=add_bos,
             device=device,
             dtype=dtype,
             offload=offload,
@@ -212,11 +223,13 @@ def evaluate(
         "evaluation": found.windows.source,
         "windows": len(found.windows),
         "length": found.length,
+        "add_bos": str(found.beginning.add_bos),
     }
     if found.perplexity is None:
         values |= {"cosine": found.cosine, "compared": found.compared}
     else:
         values |= {"perplexity": found.perplexity}
+        error_console.print(str(found.beginning), highlight=False, soft_wrap=True)
     if json:
         print_json({**values, "tokens_hash": found.windows.hash, "versions": versions()})
     else:

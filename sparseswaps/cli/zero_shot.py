@@ -9,6 +9,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..evaluation.beginning import AddBos
 from ..evaluation.zero_shot import SEVEN_TASKS, ZeroShotReport
 from ..evaluation.zero_shot import zero_shot as run_zero_shot
 from ..models.checkpoints import Trust
@@ -31,6 +32,12 @@ def zero_shot(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many questions per task.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 8,
+    add_bos: Annotated[
+        str,
+        typer.Option(
+            help="Questions begin with the beginning-of-text token: yes, no, or auto, as the tokenizer does."
+        ),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     allow_pickle: AllowPickle = False,
@@ -58,6 +65,7 @@ def zero_shot(
         task_path=task_path,
         limit=limit,
         batch_size=batch_size,
+        add_bos=add_bos,
         device=device,
         dtype=dtype,
         trust=Trust(allow_pickle, trust_remote_code),
@@ -73,8 +81,12 @@ def zero_shot(
 
 def _table(report: ZeroShotReport) -> Table:
     asked = "all questions" if report.limit is None else f"at most {report.limit} questions per task"
+    begun = "" if report.add_bos == AddBos.NO else ", beginning-of-text token first"
     table = Table(
-        title=report.model, caption=f"± standard error; zero-shot, {asked}", box=SIMPLE_HEAD, pad_edge=False
+        title=report.model,
+        caption=f"± standard error; zero-shot, {asked}{begun}",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
     )
     table.add_column("task")
     for name in ("questions", "acc", "acc_norm"):

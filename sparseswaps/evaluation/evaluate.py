@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 
 from ..calibration.windows import Windows, evaluation_windows, for_model, window_length
 from ..errors import InputError
+from ..masks.saving import SETTINGS_FILE
 from ..models.checkpoints import Trust
 from ..models.loading import LoadedModel, load_model, resolve_device
+from .beginning import AddBos, Beginning, begun_windows
 from .measures import compared_output, is_causal, mean_cosine
 from .quality import model_embeddings, model_perplexity
 
@@ -25,6 +29,7 @@ class Evaluation:
     Attributes:
         model: directory or name.
         windows: of the text, each ``length`` tokens long.
+        beginning: whether they begin with the beginning-of-text token, and why.
         perplexity: of a causal model on text; cosine: for the others the mean cosine of pooled embeddings to
             the reference's, compared: the output that they are made of.
     """
@@ -32,6 +37,7 @@ class Evaluation:
     model: str
     windows: Windows
     length: int | None
+    beginning: Beginning
     perplexity: float | None
     cosine: float | None
     compared: str | None
@@ -44,6 +50,7 @@ def evaluate(
     reference: str | os.PathLike[str] | LoadedModel | None = None,
     length: int | None = None,
     evaluation_limit: int | None = None,
+    add_bos: AddBos | str = AddBos.AUTO,
     device: str = "auto",
     dtype: str = "auto",
     offload: bool = False,
@@ -54,11 +61,13 @@ def evaluate(
 
     Args:
         model: directory, hub name or a loaded model.
-        evaluation: text file, token file, dataset or file of inputs (see ``calibration.windows``), or
-            windows.
+        evaluation: text, token file, dataset or file of inputs (see ``calibration.windows``), or windows.
         reference: dense model that an encoder, or a model that is given no text, is compared with.
         length: tokens per window, 2048 by default, at most what the model's positions allow.
         evaluation_limit: use only so many windows; all by default.
+        add_bos: whether windows begin with the beginning-of-text token: ``yes``, ``no``, or ``auto``: as when
+            the model was pruned, where its directory says so, else what the model's loss says (see
+            ``evaluation.beginning``).
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: of the computation; ``auto`` is float32 on a CPU, else the checkpoint's.
         offload: leave the weights in the checkpoint's files, one block at a time in memory.
@@ -68,6 +77,7 @@ def evaluate(
     Raises:
         InputError: for anything that cannot be used, and for an encoder without a reference.
     """
+    asked = AddBos.read(add_bos)
     target = resolve_device(device)
 
     def loaded_from(source: str | os.PathLike[str] | LoadedModel) -> LoadedModel:
@@ -86,12 +96,21 @@ def evaluate(
     if not (causal and tokens) and reference is None:
         what = "no text is given" if causal else "is an encoder"
         raise InputError(f"model {loaded.source} {what}: expected --reference DENSE_MODEL, found none")
-    windows = evaluation
-    if not isinstance(windows, Windows):
-        windows = evaluation_windows(
-            windows, loaded.tokenizer, tokens, evaluation_limit, special_tokens=not causal
-        )
-    windows = for_model(windows, loaded)
+
+    def cut(bos: bool) -> Windows:
+        windows = evaluation
+        if not isinstance(windows, Windows):
+            windows = evaluation_windows(
+                windows, loaded.tokenizer, tokens, evaluation_limit, special_tokens=not causal, bos=bos
+            )
+        elif bos:
+            windows = windows.with_bos(loaded.tokenizer)
+        return for_model(windows, loaded)
+
+    known = _recorded(loaded.source) if asked is AddBos.AUTO and causal else None
+    windows, beginning = begun_windows(loaded, known or asked, cut)
+    if known is not None:
+        beginning = replace(beginning, reason=f"as {SETTINGS_FILE} of the model says")
     perplexity = cosine = compared = None
     if causal and isinstance(windows.tokens, Tensor):
         perplexity = model_perplexity(loaded, windows.tokens, report("perplexity"))
@@ -101,4 +120,14 @@ def evaluate(
             model_embeddings(loaded_from(reference), windows.tokens, report("reference")),
         )
         compared = compared_output(loaded.model, windows.tokens)
-    return Evaluation(loaded.source, windows, tokens, perplexity, cosine, compared)
+    return Evaluation(loaded.source, windows, tokens, beginning, perplexity, cosine, compared)
+
+
+def _recorded(source: str) -> AddBos | None:
+    """What was decided when the model of a directory was pruned, None if nothing there says so."""
+    try:
+        settings = tomllib.loads((Path(source) / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    found = settings.get("add_bos")
+    return AddBos(found) if found in (AddBos.YES, AddBos.NO) else None

@@ -26,9 +26,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..calibration.windows import bos_token
 from ..errors import InputError, InvalidModelError, SolverNotInstalledError
 from ..models.checkpoints import Trust
-from ..models.loading import load_model, resolve_device
+from ..models.loading import LoadedModel, load_model, resolve_device
+from .beginning import AddBos
 from .measures import is_causal
 
 SEVEN_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -63,6 +65,7 @@ class ZeroShotReport:
         model: what was evaluated; scores: one per task.
         mean_acc: mean of ``acc`` over the tasks, the field's summary; None where a task has none.
         limit: the most questions per task, None for all.
+        add_bos: whether questions begin with the beginning-of-text token, yes or no.
         device, dtype, batch_size, seconds, versions: where, how and how long.
     """
 
@@ -70,6 +73,7 @@ class ZeroShotReport:
     scores: tuple[TaskScore, ...]
     mean_acc: float | None
     limit: int | None
+    add_bos: str
     device: str
     dtype: str
     batch_size: int
@@ -88,6 +92,7 @@ def zero_shot(
     task_path: str | os.PathLike[str] | None = None,
     limit: int | None = None,
     batch_size: int = 8,
+    add_bos: AddBos | str = AddBos.AUTO,
     device: str = "auto",
     dtype: str = "auto",
     trust: Trust | None = None,
@@ -101,6 +106,8 @@ def zero_shot(
         task_path: folder of own task files (YAML); with it only their tasks are known.
         limit: the most questions per task, for a quick look.
         batch_size: questions at a time.
+        add_bos: whether questions begin with the beginning-of-text token: ``yes``, ``no``, or ``auto``: as
+            the tokenizer does by itself, the harness's protocol.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: see ``models.load_model``.
         trust: what of the checkpoint may run code; nothing by default.
@@ -109,33 +116,30 @@ def zero_shot(
     Raises:
         SolverNotInstalledError: if the harness is missing.
         InvalidModelError: if the model cannot be loaded or is not causal.
-        InputError: for an unknown task, or one whose data cannot be loaded.
+        InputError: for an unknown task, one whose data cannot be loaded, or a token that there is not.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise SolverNotInstalledError(
-            "zero-shot tasks need lm-evaluation-harness: expected lm_eval to be installed, found none; "
-            "run pip install 'sparseswaps[eval]'"
-        )
+    _require_harness()
     if not tasks:
         raise InputError("zero-shot tasks: expected at least one, found none")
     for count in ("limit", limit), ("batch_size", batch_size):
         _check_count(*count)
+    asked = AddBos.read(add_bos)
     begin = time.perf_counter()
     manager = _task_manager(tasks, task_path)
     name = os.fspath(model)
-    loaded = load_model(name, resolve_device(device), dtype, trust=trust)
-    if not is_causal(loaded.model):
-        raise InvalidModelError(
-            f"model {name}: expected a causal language model, found {type(loaded.model).__name__}"
-        )
-    if loaded.tokenizer is None:
-        raise InvalidModelError(f"model {name}: expected a tokenizer beside the weights, found none")
+    loaded = _causal_model(name, device, dtype, trust)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     # what it says of a model that is passed as an object is all intended
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    harness = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+    begun = _begin(loaded.tokenizer, asked)
+    harness = HFLM(
+        pretrained=loaded.model,
+        tokenizer=loaded.tokenizer,
+        batch_size=batch_size,
+        add_bos_token=None if asked is AddBos.AUTO else begun,
+    )
     try:
         found: Any = lm_eval.simple_evaluate(
             model=harness,
@@ -151,14 +155,13 @@ def zero_shot(
             f"found {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         ) from error
     scores = tuple(_score(task, found) for task in tasks)
-    accuracies = [score.acc for score in scores]
-    known = [accuracy for accuracy in accuracies if accuracy is not None]
     weight = next(loaded.model.parameters())
     report = ZeroShotReport(
         model=name,
         scores=scores,
-        mean_acc=sum(known) / len(known) if known and len(known) == len(scores) else None,
+        mean_acc=_mean(scores),
         limit=limit,
+        add_bos=str(AddBos.YES if begun else AddBos.NO),
         device=str(weight.device),
         dtype=str(weight.dtype).removeprefix("torch."),
         batch_size=batch_size,
@@ -171,6 +174,51 @@ def zero_shot(
     if out is not None:
         write_atomically(Path(out), json.dumps(report.to_json(), indent=2, sort_keys=True) + "\n")
     return report
+
+
+def _mean(scores: Sequence[TaskScore]) -> float | None:
+    """Mean accuracy, None if a task has none."""
+    known = [score.acc for score in scores if score.acc is not None]
+    return sum(known) / len(known) if known and len(known) == len(scores) else None
+
+
+def _require_harness() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise SolverNotInstalledError(
+            "zero-shot tasks need lm-evaluation-harness: expected lm_eval to be installed, found none; "
+            "run pip install 'sparseswaps[eval]'"
+        )
+
+
+def _causal_model(name: str, device: str, dtype: str, trust: Trust | None) -> LoadedModel:
+    """A causal model with its tokenizer."""
+    loaded = load_model(name, resolve_device(device), dtype, trust=trust)
+    if not is_causal(loaded.model):
+        raise InvalidModelError(
+            f"model {name}: expected a causal language model, found {type(loaded.model).__name__}"
+        )
+    if loaded.tokenizer is None:
+        raise InvalidModelError(f"model {name}: expected a tokenizer beside the weights, found none")
+    return loaded
+
+
+def _begin(tokenizer: Any, add_bos: AddBos) -> bool:
+    """Whether what the tokenizer encodes begins with the beginning-of-text token, after making it so."""
+    token = bos_token(tokenizer)
+
+    def begins() -> bool:
+        return token is not None and tokenizer("a")["input_ids"][:1] == [token]
+
+    if add_bos is AddBos.NO:
+        return False
+    if add_bos is AddBos.YES and not begins():
+        tokenizer.add_bos_token = True
+        if not begins():
+            raise InputError(
+                "beginning-of-text token: expected a tokenizer that has one (bos_token) and puts it in "
+                "front, found one that does not"
+            )
+    return begins()
 
 
 def _check_count(name: str, value: int | None) -> None:

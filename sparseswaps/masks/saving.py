@@ -26,6 +26,8 @@ from .file import MASK_FILE, LayerMask, layer_mask, load_masks, require_verified
 from .packing import masked
 
 RECORD_FILE = "record.sqlite"
+# What repeats the run: ``sparseswaps prune MODEL --settings FILE``.
+SETTINGS_FILE = "settings.toml"
 
 
 def dense_weights(loaded: LoadedModel, layers: Sequence[PrunableLayer]) -> Mapping[str, Tensor]:

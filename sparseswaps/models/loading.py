@@ -192,7 +192,7 @@ def _tokenizer(place: Source, trust: Trust) -> PreTrainedTokenizerBase | None:
         )
     except Exception as error:  # whatever a damaged file makes it raise
         folder = place.folder
-        if folder is not None and any((folder / name).exists() for name in _TOKENIZER_FILES):
+        if folder is not None and any((folder / name).exists() for name in _VOCABULARIES):
             message = (str(error).strip().splitlines() or [type(error).__name__])[0]
             warnings.warn(
                 f"model {place.name}: its tokenizer cannot be read ({message}); only token files can be used",
@@ -202,7 +202,10 @@ def _tokenizer(place: Source, trust: Trust) -> PreTrainedTokenizerBase | None:
     return None if _is_made_up(found, place) else found
 
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# Files of a vocabulary, whatever the class of the tokenizer.
+_VOCABULARIES = (
+    "tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model",
+)  # fmt: skip
 # Words that a tokenizer from files has at least.
 _LEAST_WORDS = 16
 
@@ -213,6 +216,10 @@ def _is_made_up(tokenizer: PreTrainedTokenizerBase, place: Source) -> bool:
     It would read every text as unknown tokens.
     """
     files = set((getattr(tokenizer, "vocab_files_names", None) or {}).values())
-    if place.folder is None or not files or any((place.folder / file).is_file() for file in files):
+    if (
+        place.folder is None
+        or not files
+        or any((place.folder / file).is_file() for file in (*files, *_VOCABULARIES))
+    ):
         return False
     return len(set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())) < _LEAST_WORDS

@@ -18,6 +18,7 @@ from ..calibration.windows import (
     window_length,
 )
 from ..errors import InputError
+from ..evaluation.beginning import AddBos, Beginning, as_decided, decide_beginning
 from ..evaluation.measures import is_causal
 from ..models.blocks import Block, PrunableLayer, check_finite, device_of, find_blocks
 from ..models.inputs import Samples
@@ -30,6 +31,9 @@ from .pipeline import check_options, with_drift_that_works, with_stated_drifts
 from .refinement import check_refinement
 from .settings import Allocation, Machine, Mode, PruneSettings
 
+# Told what a run will need, and how its windows begin.
+Announce = Callable[[Estimate | Beginning], None]
+
 # Windows of the evaluation text on which layer errors are measured as well.
 HELD_OUT_WINDOWS = 16
 
@@ -39,7 +43,7 @@ class Inputs:
     """Model and texts of a run.
 
     Attributes:
-        settings: with stated drifts and the windows' length.
+        settings: with stated drifts, the windows' length and how they begin.
         model: loaded.
         blocks: its prunable blocks.
         calibration, evaluation: windows; no evaluation is None.
@@ -70,7 +74,7 @@ def gather_inputs(
     model: str | os.PathLike[str] | LoadedModel,
     settings: PruneSettings,
     machine: Machine,
-    announce: Callable[[Estimate], None] | None = None,
+    announce: Announce | None = None,
     saved: bool = False,
 ) -> Inputs:
     """Load and check everything; shapes and texts first, so that a large model is not loaded for nothing.
@@ -79,7 +83,7 @@ def gather_inputs(
         model: directory, hub name, or a loaded model.
         settings: of the run.
         machine: where it runs.
-        announce: told what the run will need, before the weights are loaded.
+        announce: told what the run will need, before the weights are loaded, and how windows begin.
         saved: whether the result will be saved.
 
     Raises:
@@ -94,7 +98,7 @@ def gather_inputs(
     length = window_length(shapes, settings.length, settings.calibration, settings.evaluation)
     asked = replace(settings, length=length)
     settings = with_stated_drifts(asked)
-    calibration, evaluation = _windows(shapes, settings)
+    calibration, evaluation = _windows(shapes, settings, settings.add_bos is AddBos.YES)
     blocks = find_blocks(shapes.model, settings.include, settings.exclude, settings.prune_routers)
     patterns = patterns_of(blocks, settings.pattern)
     check_options(settings, patterns.values())
@@ -145,26 +149,35 @@ def gather_inputs(
     for windows in (calibration, evaluation):
         if windows is not None:
             check_forward(loaded, windows.tokens, windows.source)
+    beginning = decide_beginning(loaded, asked.add_bos, calibration, machine.ranks)
+    if announce is not None and machine.ranks.first and is_causal(loaded.model) and asked.length is not None:
+        announce(beginning)
+    calibration, evaluation = as_decided(
+        beginning, asked.add_bos, (calibration, evaluation), lambda bos: _windows(loaded, asked, bos)
+    )
+    asked = replace(asked, add_bos=beginning.add_bos)
     settings = with_drift_that_works(loaded.model, blocks, asked, calibration.tokens, machine.ranks)
     return Inputs(settings, loaded, blocks, calibration, evaluation, target, limit)
 
 
-def _windows(shapes: LoadedModel, settings: PruneSettings) -> tuple[Windows, Windows | None]:
-    """Windows of the calibration and of the evaluation text."""
+def _windows(shapes: LoadedModel, settings: PruneSettings, bos: bool) -> tuple[Windows, Windows | None]:
+    """Windows of the calibration and of the evaluation text, with a beginning-of-text token or without."""
     length, special = settings.length, not is_causal(shapes.model)
+    tokenizer = shapes.tokenizer
     source = settings.calibration
     if source is None:
         raise InputError("calibration: expected a text, a token file, a dataset or inputs, found none")
-    windows = (
-        source
-        if isinstance(source, Windows)
-        else calibration_windows(source, shapes.tokenizer, settings.samples, length, settings.seed, special)
-    )
-    other = settings.evaluation
-    if other is not None and not isinstance(other, Windows):
-        other = evaluation_windows(
-            other, shapes.tokenizer, length, settings.evaluation_limit, special_tokens=special
+    if isinstance(source, Windows):
+        windows = source.with_bos(tokenizer) if bos else source
+    else:
+        windows = calibration_windows(
+            source, tokenizer, settings.samples, length, settings.seed, special, bos
         )
+    other = settings.evaluation
+    if isinstance(other, Windows):
+        other = other.with_bos(tokenizer) if bos else other
+    elif other is not None:
+        other = evaluation_windows(other, tokenizer, length, settings.evaluation_limit, special, bos)
     return for_model(windows, shapes), None if other is None else for_model(other, shapes)
 
 

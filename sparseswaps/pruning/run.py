@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,14 @@ from ..errors import InputError
 from ..evaluation.measures import compared_output, is_causal, mean_cosine
 from ..evaluation.quality import model_embeddings, model_perplexity
 from ..machine import peak_memory_mb, versions
-from ..masks.saving import check_folder, dense_weights, hash_of_all, run_record, save_run
+from ..masks.saving import (
+    SETTINGS_FILE,
+    check_folder,
+    dense_weights,
+    hash_of_all,
+    run_record,
+    save_run,
+)
 from ..models.blocks import Block
 from ..models.loading import LoadedModel, resolve_device
 from ..problems.pattern import Pattern, pattern_of
@@ -30,8 +37,7 @@ from ..ranks import Ranks
 from ..records.run import LayerRecord, known_mean
 from ..records.run_database import RunDatabase
 from .allocation import allocate
-from .inputs import Inputs, gather_inputs
-from .memory import Estimate
+from .inputs import Announce, Inputs, gather_inputs
 from .pipeline import OnLayer, RunContext, prune_layers
 from .refinement import Refinement, refine_masks
 from .report import PruneReport
@@ -46,7 +52,7 @@ def prune(
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: Progress | None = None,
-    announce: Callable[[Estimate], None] | None = None,
+    announce: Announce | None = None,
     on_layer: OnLayer | None = None,
     **options: Any,
 ) -> PruneReport:
@@ -62,7 +68,7 @@ def prune(
         out: directory for the pruned model, its mask file and its record.
         resume: go on with an interrupted run of the same settings in ``out``.
         progress: told how far the run is.
-        announce: told what the run will need, before it begins.
+        announce: told what the run will need, before it begins, and how its windows begin.
         on_layer: called with each layer's ``LayerProblem`` and ``Solution`` before it is applied, for bounds,
             instances, statistics; on the first process.
         options: single options of ``PruneSettings`` and ``Machine`` by name, values or texts, in
@@ -102,10 +108,6 @@ def prune(
         report = replace(report, out=None if folder is None else str(folder))
         record.set({"report": {k: v for k, v in report.to_json().items() if k != "layers"}})
     return ranks.from_first(lambda: report)
-
-
-# What repeats the run: ``sparseswaps prune MODEL --settings FILE``.
-SETTINGS_FILE = "settings.toml"
 
 
 def _settings_of(

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from ..calibration.windows import Windows
 from ..errors import InputError
+from ..evaluation.beginning import AddBos
 from ..models.checkpoints import Trust
 from ..problems.pattern import PatternRule
 from ..ranks import Ranks
@@ -182,7 +183,8 @@ class PruneSettings(_Options):
     start: Solver = option(Wanda(), "Its warm start: magnitude, wanda, ria, random.", SOLVER)
     calibration: Text = option(
         None,
-        "Text file, token file (.npy), stdlib, a dataset, or inputs of the model (.safetensors, float .npy).",
+        "What layers are fitted on: a text, .jsonl or .parquet (FILE:COLUMN), a folder of them, a token file "
+        "(.npy), stdlib, a dataset, or inputs of the model (.safetensors, float .npy).",
         SOURCE,
         content=True,
     )
@@ -200,6 +202,11 @@ class PruneSettings(_Options):
     seed: int = option(0, "Of the choice of windows.", NUMBER)
     evaluation_limit: int | None = option(
         None, "Use only so many windows of the evaluation text.", PERHAPS_COUNT, old={"--eval-windows": None}
+    )
+    add_bos: AddBos = option(
+        AddBos.AUTO,
+        "Windows begin with the beginning-of-text token: yes, no, or auto: if the loss is 0.5 lower so.",
+        Kind(_choice(AddBos), str),
     )
     mode: Mode = option(
         Mode.SEQUENTIAL,

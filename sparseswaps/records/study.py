@@ -220,7 +220,7 @@ class ModelRecord:
 
 
 # Options that a comparison of methods holds fixed, and those that tables name in columns of their own.
-HELD_FIXED = ("pattern", "calibration", "samples", "length", "evaluation", "evaluation_limit")
+HELD_FIXED = ("pattern", "calibration", "samples", "length", "evaluation", "evaluation_limit", "add_bos")
 NAMED = ("solver", "start", "seed", "mode", "objective")
 _WORDS = {"refine": "refinement", "update": "then"}
 

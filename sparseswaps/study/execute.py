@@ -26,7 +26,7 @@ from ..records.study import LayerBoundRecord, ModelRecord, RowRecord, TraceRecor
 from ..solvers import Budget, Group, Outcome, Solution, Solver, solve
 from ..solvers.registry import parse_solver
 from .layer_bounds import BoundedLayers
-from .problems import BuiltProblem, build_problem, resolve_model, resolve_path
+from .problems import BuiltProblem, build_problem, resolve_model, resolve_text
 from .schema import SolverChoice
 
 Blank = TypeVar("Blank", UnitRecord, ModelRecord)
@@ -216,7 +216,7 @@ def _execute_model(unit: str, study: str, spec: Mapping[str, Any]) -> UnitResult
     choice = SolverChoice(**spec["solver"])
     watch = BoundedLayers(unit, spec["bound"], spec["bound_seconds"] or None) if spec.get("bound") else None
     named = {name: spec["settings"][name] for name in TEXTS}
-    given = {name: resolve_path(text, folder) for name, text in named.items() if text}
+    given = {name: resolve_text(text, folder) for name, text in named.items() if text}
     begin = time.perf_counter()
     report = prune(
         resolve_model(spec["model"], folder),
@@ -276,7 +276,8 @@ def _model_record(
 
 def _text_name(text: str) -> str:
     """A text without its folders, so that records do not depend on where things lie."""
-    return Path(text).stem if text else ""
+    file, colon, column = text.partition(":")
+    return Path(file).stem + colon + column if text else ""
 
 
 def _machine(device: str) -> str:

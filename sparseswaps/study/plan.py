@@ -141,6 +141,7 @@ def _problem_specs(study: Study, problems: ProblemSet) -> list[dict[str, Any]]:
                 "held_out": problems.held_out,
                 "samples": samples,
                 "length": problems.length,
+                "add_bos": problems.add_bos,
                 "layer": layer.name,
                 "cols": 0 if cols == layer.cols else cols,
             }

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..calibration.windows import calibration_windows, for_model, window_length
+from ..calibration.windows import Windows, calibration_windows, for_model, window_length
 from ..errors import InputError, InvalidFileError
+from ..evaluation.beginning import AddBos, begun_windows
 from ..evaluation.measures import is_causal
 from ..models.blocks import find_blocks
 from ..models.loading import LoadedModel, load_model
@@ -92,6 +93,13 @@ def resolve_path(text: str, folder: Path) -> str:
     return str(path) if text and path.exists() else text
 
 
+def resolve_text(text: str, folder: Path) -> str:
+    """``text``, with or without a column behind a colon, as ``resolve_path`` does."""
+    file, colon, column = text.rpartition(":")
+    found = resolve_path(text, folder)
+    return found if found != text or not colon else f"{resolve_path(file, folder)}:{column}"
+
+
 def resolve_files(patterns: Sequence[str], folder: Path) -> list[str]:
     """Instance files that match shell patterns, relative to ``folder``, sorted.
 
@@ -136,7 +144,7 @@ def extraction_id(problem: Mapping[str, Any], seed: int, held_out: bool) -> str:
     """Which extraction a layer of a model comes from: model, text and windows."""
     text = problem["held_out"] if held_out else problem["calibration"]
     samples, seed = (HELD_OUT_SAMPLES, 0) if held_out else (problem["samples"], seed)
-    key = [problem["source"], text, samples, problem["length"], seed]
+    key = [problem["source"], text, samples, problem["length"], problem["add_bos"], seed]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
 
 
@@ -160,17 +168,7 @@ def extract(problem: Mapping[str, Any], seed: int, folder: Path, cache: Path) ->
         if not text or (target / "complete").exists():
             continue
         loaded = _loaded(resolve_model(problem["source"], folder))
-        source = resolve_path(text, folder)
-        length = window_length(loaded, problem["length"] or None, source)
-        windows = calibration_windows(
-            source,
-            loaded.tokenizer,
-            HELD_OUT_SAMPLES if held_out else problem["samples"],
-            length,
-            0 if held_out else seed,
-            special_tokens=not is_causal(loaded.model),
-        )
-        windows = for_model(windows, loaded)
+        windows = _windows(loaded, problem, seed, folder, held_out)
         blocks = find_blocks(loaded.model)
         facts = {layer.name: layer for block in blocks for layer in block.layers}
         for found in layer_problems(loaded.model, blocks, "50%", windows.tokens):
@@ -181,6 +179,26 @@ def extract(problem: Mapping[str, Any], seed: int, folder: Path, cache: Path) ->
             save_instance(found, own, provenance)
             own.replace(target / f"{found.name}.safetensors")
         (target / "complete").touch()
+
+
+def _windows(
+    loaded: LoadedModel, problem: Mapping[str, Any], seed: int, folder: Path, held_out: bool
+) -> Windows:
+    """Windows of the calibration or the held-out text; how they begin is decided on the former."""
+    sources = [resolve_text(problem[key], folder) for key in ("calibration", "held_out") if problem[key]]
+    length = window_length(loaded, problem["length"] or None, *sources)
+    special = not is_causal(loaded.model)
+
+    def cut(bos: bool, held_out: bool = False) -> Windows:
+        text = resolve_text(problem["held_out"] if held_out else problem["calibration"], folder)
+        samples, chosen = (HELD_OUT_SAMPLES, 0) if held_out else (problem["samples"], seed)
+        found = calibration_windows(text, loaded.tokenizer, samples, length, chosen, special, bos)
+        return for_model(found, loaded)
+
+    windows, beginning = begun_windows(loaded, AddBos(problem["add_bos"]), cut)
+    if held_out:
+        windows = cut(beginning.added, held_out=True)
+    return windows
 
 
 def build_problem(

@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, SparseswapsError
+from ..evaluation.beginning import AddBos
 from ..problems.pattern import PatternRule
 from ..problems.synthetic import FAMILIES
 from ..pruning.settings import Machine, PruneSettings
@@ -83,7 +84,7 @@ class ProblemSet:
         source: family, file patterns joined by a line break, or model; name: of it in tables.
         rows: rows of a synthetic layer, or sampled from each layer; 0 is all.
         cols: widths; for layers of files and models, of sub-blocks; empty is the whole width.
-        calibration, samples, length, held_out, include, exclude: of a model.
+        calibration, samples, length, add_bos, held_out, include, exclude: of a model.
         patterns, solvers: in place of the study's own; empty for all.
     """
 
@@ -97,6 +98,7 @@ class ProblemSet:
     calibration: str = ""
     samples: tuple[int, ...] = (0,)
     length: int = 0
+    add_bos: str = str(AddBos.AUTO)
     held_out: str = ""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -283,12 +285,20 @@ def _problem_set(table: CheckedTable, labels: Sequence[str]) -> ProblemSet:
             calibration=table.text("calibration"),
             samples=table.integers("samples", [128], least=1),
             length=table.integer("length", 0, least=0),
+            add_bos=_add_bos(table),
             held_out=table.text("held_out", ""),
             include=table.texts("include", []),
             exclude=table.texts("exclude", []),
         )
     table.finish()
     return found
+
+
+def _add_bos(table: CheckedTable) -> str:
+    try:
+        return str(AddBos.read(table.text("add_bos", str(AddBos.AUTO))))
+    except InputError as error:
+        table.refuse("add_bos", error)
 
 
 def _model_set(table: CheckedTable, labels: Sequence[str]) -> ModelSet:

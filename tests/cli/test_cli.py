@@ -178,6 +178,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(dense: Path, text: Path, tmp_
         (["--solver", "ria:alpha=[x]"], "found '[x]'"),
         (["--mode", "one-shot", "--drift", 0.5], "expected sequential mode, found one-shot"),
         (["--calibration", tmp_path / "absent.txt"], "found no such file"),
+        # no emoji between colons
+        (["--calibration", "absent.jsonl:x"], "text absent.jsonl:x: expected"),
+        (["--add-bos", "maybe"], "add_bos: expected one of auto, yes, no, found 'maybe'"),
     ]:
         code, shown, errors = run(*prune_arguments(dense, text, out), *changes, capsys=capsys)
         assert (code, shown) == (2, "")

@@ -6,12 +6,14 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
+import transformers
 
 import sparseswaps.cli
 from sparseswaps.errors import InputError, InvalidModelError, SolverNotInstalledError
@@ -81,17 +83,18 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
 
 
-def by_hand() -> tuple[list[bool], list[bool]]:
-    """Right answers of each question by likelihood and by likelihood per character."""
+def by_hand(front: list[int] | None = None) -> tuple[list[bool], list[bool]]:
+    """Right answers of each question, behind ``front``, by likelihood and by likelihood per character."""
+    front = front or []
     loaded = load_model(DEMO_MODEL)
     tokenizer = loaded.tokenizer
     assert tokenizer is not None
     likeliest, normalised = [], []
     for question, choices, answer in QUESTIONS:
         values = []
-        start = len(tokenizer.encode(question, add_special_tokens=False))
+        start = len(front + tokenizer.encode(question, add_special_tokens=False))
         for choice in choices:
-            tokens = torch.tensor([tokenizer.encode(question + choice, add_special_tokens=False)])
+            tokens = torch.tensor([front + tokenizer.encode(question + choice, add_special_tokens=False)])
             with torch.no_grad():
                 logs = loaded.model(input_ids=tokens).logits[0].double().log_softmax(-1)
             values.append(float(sum(logs[i - 1, tokens[0, i]] for i in range(start, tokens.shape[1]))))
@@ -128,6 +131,38 @@ def test_scores_are_those_of_the_likelihoods(
     assert values["versions"]["lm_eval"]
     said = " ".join(capsys.readouterr().out.split())
     assert f"python_words {len(QUESTIONS)} {score['acc']:.4f} ± {score['acc_error']:.4f}" in said
+
+
+def with_tokenizer(folder: Path, begins: bool, bos: str | None = "<s>") -> Path:
+    """The demo model with a tokenizer that begins with its token by itself, or has no such token."""
+    shutil.copytree(DEMO_MODEL, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.bos_token = bos
+    tokenizer.add_bos_token = begins
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@needs_harness
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_questions_begin_as_asked_for_or_as_the_tokenizer_does(tasks: Path, tmp_path: Path) -> None:
+    begins = with_tokenizer(tmp_path / "begins", True)
+    expected = {"yes": [sum(right) for right in by_hand([0])], "no": [sum(right) for right in by_hand()]}
+    assert expected["yes"] != expected["no"]
+    for model, asked, done in [
+        (DEMO_MODEL, "auto", "no"), (DEMO_MODEL, "yes", "yes"), (DEMO_MODEL, "no", "no"),
+        (begins, "auto", "yes"), (begins, "yes", "yes"), (begins, "no", "no"),
+    ]:  # fmt: skip
+        report = zero_shot(model, ["python_words"], task_path=tasks, add_bos=asked, device="cpu")
+        (score,) = report.scores
+        found = [score.acc * score.questions, score.acc_norm * score.questions]
+        assert found == pytest.approx(expected[done]), (model, asked)
+        assert report.add_bos == report.to_json()["add_bos"] == done
+    without = with_tokenizer(tmp_path / "without", False, None)
+    with pytest.raises(InputError, match=r"beginning-of-text token: expected a tokenizer that has one"):
+        zero_shot(without, ["python_words"], task_path=tasks, add_bos="yes", device="cpu")
+    with pytest.raises(InputError, match="add_bos: expected one of auto, yes, no, found 'maybe'"):
+        zero_shot(DEMO_MODEL, ["python_words"], task_path=tasks, add_bos="maybe")
 
 
 @needs_harness
