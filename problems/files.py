@@ -21,6 +21,22 @@ from .layer import Drift, LayerProblem
 from .pattern import pattern_of
 
 FORMAT = "sparseswaps-instance-1"
+# Several keys of metadata are written in an order that changes; with one, equal files have equal bytes.
+_HEADER = "sparseswaps"
+
+
+def as_metadata(header: Mapping[str, str]) -> dict[str, str]:
+    """Facts of a file as the metadata of safetensors, one key that is always written the same."""
+    return {_HEADER: json.dumps(dict(header), sort_keys=True)}
+
+
+def from_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """The facts in a file's metadata; in files of earlier versions each has a key of its own."""
+    found = dict(metadata or {})
+    try:
+        return json.loads(found[_HEADER]) if _HEADER in found else found
+    except ValueError:
+        return {}
 
 
 def save_instance(
@@ -60,7 +76,7 @@ def save_instance(
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
     try:
-        save_file(tensors, partial, metadata)
+        save_file(tensors, partial, as_metadata(metadata))
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -87,7 +103,7 @@ def load_instance_with_provenance(path: str | os.PathLike[str]) -> tuple[LayerPr
         raise InvalidFileError(f"instance file {source}: expected an existing file, found none")
     try:
         with safe_open(source, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = from_metadata(file.metadata())
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
     except (SafetensorError, OSError) as error:
         raise InvalidFileError(f"instance file {source}: expected safetensors, found {error}") from error

@@ -15,6 +15,7 @@ from ..evaluation.beginning import AddBos
 from ..evaluation.evaluate import evaluate as run_evaluate
 from ..machine import versions
 from ..masks.file import apply_masks, load_masks, verify_model
+from ..masks.output import claimed
 from ..masks.saving import save_model
 from ..models.checkpoints import Trust
 from ..models.loading import load_model
@@ -254,13 +255,11 @@ def apply(
     sparseswaps apply ./llama --masks pruned/masks.safetensors --out pruned-again
     """
     quiet_libraries()
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"output {out}: expected an empty directory, found files in it")
-    trust = Trust(allow_pickle, trust_remote_code)
-    file = load_masks(masks)
-    loaded = load_model(model, "cpu", "checkpoint", offload, trust=trust)
-    facts = apply_masks(loaded, file, same_weights=not other_weights)
-    save_model(out, loaded, file.masks, facts)
+    with claimed(out):
+        file = load_masks(masks)
+        loaded = load_model(model, "cpu", "checkpoint", offload, trust=Trust(allow_pickle, trust_remote_code))
+        facts = apply_masks(loaded, file, same_weights=not other_weights)
+        save_model(out, loaded, file.masks, facts)
     console.print(f"{len(facts)} layers pruned, saved and verified in {out}")
 
 

@@ -11,8 +11,9 @@ from .file import (
     save_masks,
     verify_model,
 )
+from .output import RECORD_FILE
 from .packing import PackedMasks, masked, pack_mask, unpack_bytes, unpack_mask
-from .saving import RECORD_FILE, save_model
+from .saving import save_model
 
 __all__ = [
     "MASK_FILE",

@@ -25,6 +25,7 @@ from ..errors import InvalidFileError, VerificationError
 from ..models.blocks import PrunableLayer, find_blocks, weight_hash
 from ..models.loading import LoadedModel
 from ..models.offload import Residence
+from ..problems.files import as_metadata, from_metadata
 from ..problems.pattern import Pattern, pattern_of
 from .packing import PackedMasks, masked, pack_mask
 
@@ -139,7 +140,7 @@ def save_masks(path: Path, masks: Mapping[str, Tensor], layers: Mapping[str, Lay
             file = str(Path(folder) / str(number))
             mapped = torch.from_file(file, shared=True, size=packed.numel(), dtype=torch.uint8)
             bits[name] = mapped.view(packed.shape).copy_(packed)
-        save_file(bits, path, metadata)
+        save_file(bits, path, as_metadata(metadata))
 
 
 def load_masks(path: str | os.PathLike[str]) -> MaskFile:
@@ -155,7 +156,7 @@ def load_masks(path: str | os.PathLike[str]) -> MaskFile:
         raise InvalidFileError(f"mask file {source}: expected an existing file, found none")
     try:
         with safe_open(source, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = from_metadata(file.metadata())
             # these are mapped, and come to memory when they are used
             packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
     except (SafetensorError, OSError) as error:

@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ from torch import Tensor
 
 from ..errors import InputError, InvalidFileError
 from ..models.blocks import PrunableLayer
+from ..models.companions import carry_unread, copy_companions, require_carried
 from ..models.loading import LoadedModel, load_model
 from ..models.offload import OffloadedBlocks
 from ..problems.pattern import Pattern
 from ..records.run_database import RunDatabase
 from .file import MASK_FILE, LayerMask, layer_mask, load_masks, require_verified, save_masks, verify_model
+from .output import RECORD_FILE
 from .packing import masked
 
-RECORD_FILE = "record.sqlite"
 # What repeats the run: ``sparseswaps prune MODEL --settings FILE``.
 SETTINGS_FILE = "settings.toml"
 
@@ -75,29 +77,12 @@ def hash_of_all(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_folder(folder: Path, resume: bool) -> None:
-    """Refuse a folder that a run cannot write into.
-
-    Raises:
-        InvalidFileError: if it is a file, holds other files or another run.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InvalidFileError(f"output {folder}: expected a directory, found a file")
-    if (folder / MASK_FILE).exists():
-        raise InvalidFileError(f"output {folder}: expected an empty directory, found a finished pruned model")
-    if (folder / RECORD_FILE).exists() and not resume:
-        raise InvalidFileError(
-            f"output {folder}: expected an empty directory, found an unfinished run; add --resume to go on"
-        )
-    if folder.is_dir() and not resume and any(folder.iterdir()):
-        raise InvalidFileError(f"output {folder}: expected an empty directory, found other files")
-
-
 @contextmanager
 def run_record(folder: Path | None, settings: Mapping[str, Any], resume: bool) -> Iterator[RunDatabase]:
     """The run's record; where no layer was finished, a failed run leaves nothing behind."""
-    existed = folder is not None and folder.exists()
-    with _disk_errors(folder), RunDatabase(None if folder is None else folder / RECORD_FILE) as record:
+    path = None if folder is None else folder / RECORD_FILE
+    existed = path is not None and path.exists()
+    with _disk_errors(folder), RunDatabase(path) as record:
         try:
             known = record.facts().get("settings")
             if resume and known is not None:
@@ -112,11 +97,9 @@ def run_record(folder: Path | None, settings: Mapping[str, Any], resume: bool) -
                 record.set({"settings": dict(settings)})
             yield record
         except BaseException:
-            if folder is not None and not record.layers():
+            if path is not None and not existed and not record.layers():
                 record.close()
-                (folder / RECORD_FILE).unlink(missing_ok=True)
-                if not existed and folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
+                path.unlink(missing_ok=True)
             raise
 
 
@@ -146,8 +129,9 @@ def save_run(
     patterns: Mapping[str, Pattern],
     dense: Mapping[str, Tensor],
     record: RunDatabase,
+    texts: Mapping[str, str],
 ) -> None:
-    """Write model, tokenizer and mask file into ``folder``; all of it appears or nothing."""
+    """Write model, what stood beside it, ``texts`` by file name, and masks; all of it appears or nothing."""
     facts: dict[str, LayerMask] = {}
     for layer in layers:
         weight, mask = dense[layer.name], masks[layer.name]
@@ -160,7 +144,7 @@ def save_run(
         facts[layer.name] = layer_mask(
             mask, patterns[layer.name], weight, updated, None if layer.expert is None else layer.transposed
         )
-    save_model(folder, loaded, masks, facts)
+    save_model(folder, loaded, masks, facts, texts)
 
 
 def _umask() -> int:
@@ -170,11 +154,23 @@ def _umask() -> int:
 
 
 def save_model(
-    folder: Path, loaded: LoadedModel, masks: Mapping[str, Tensor], facts: Mapping[str, LayerMask]
+    folder: Path,
+    loaded: LoadedModel,
+    masks: Mapping[str, Tensor],
+    facts: Mapping[str, LayerMask],
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Save a pruned model as a Hugging Face directory with its mask file, and verify it.
 
-    Everything is written to a folder beside the final files, reloaded, verified and only then moved.
+    All that stood beside the checkpoint's weights comes along. Everything is written to a folder beside the
+    final files, reloaded, verified and only then moved.
+
+    Args:
+        folder: of the model.
+        loaded: the pruned model.
+        masks: (rows, cols), bool, by layer name.
+        facts: of each layer.
+        texts: more files, by name.
 
     Raises:
         InvalidFileError: if it cannot be written.
@@ -187,15 +183,38 @@ def save_model(
         partial = Path(name)
         loaded.restore_dtypes()
         _save_pretrained(loaded, partial)
-        if loaded.tokenizer is not None:
+        carry_unread(loaded, partial)
+        if not copy_companions(loaded.origin, partial).has_tokenizer and loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(partial)
+        for file, text in (texts or {}).items():
+            (partial / file).write_text(text, encoding="utf-8")
         save_masks(partial / MASK_FILE, masks, facts, loaded.source)
-        reloaded = load_model(partial, "cpu", dtype="checkpoint", offload=loaded.residence.offloaded)
-        require_verified(verify_model(reloaded, load_masks(partial)), f"saved model {folder}")
+        _require_as_meant(loaded, partial, folder)
         # the mask file says that the directory is complete, so it goes last
         for path in sorted(partial.iterdir(), key=lambda path: path.name == MASK_FILE):
-            path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner may read
-            shutil.move(path, folder / path.name)
+            _open_to_all(path)
+            if (folder / path.name).is_dir():  # of a run that ended after it
+                shutil.rmtree(folder / path.name)
+            path.replace(folder / path.name)
+
+
+def _require_as_meant(loaded: LoadedModel, saved: Path, folder: Path) -> None:
+    """Load a saved model and compare it with what was to be saved."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there is to say of the checkpoint was said when it was loaded
+        trust = replace(loaded.trust, pickle=False)
+        offload = loaded.residence.offloaded
+        reloaded = load_model(saved, "cpu", dtype="checkpoint", offload=offload, trust=trust)
+    where = f"saved model {folder}"
+    require_verified(verify_model(reloaded, load_masks(saved)), where)
+    require_carried(loaded, reloaded, where)
+
+
+def _open_to_all(path: Path) -> None:
+    """Files as a user's other ones: safetensors writes such that only their owner may read."""
+    for each in path.rglob("*") if path.is_dir() else (path,):
+        if each.is_file():
+            each.chmod(0o666 & ~_umask())
 
 
 def _save_pretrained(loaded: LoadedModel, folder: Path) -> None:

@@ -42,6 +42,7 @@ class LoadedModel:
         residence: where the weights of its blocks are.
         origin: where its files are, None for a model that came from none.
         unread: tensors of the checkpoint that the model does not have.
+        trust: what of the checkpoint was allowed to run code.
     """
 
     model: PreTrainedModel
@@ -51,6 +52,7 @@ class LoadedModel:
     residence: Residence = field(default_factory=Residence)
     origin: Source | None = None
     unread: tuple[str, ...] = ()
+    trust: Trust = field(default_factory=Trust)
 
     def restore_dtypes(self) -> None:
         """Cast parameters and buffers back to the dtypes of the checkpoint."""
@@ -126,7 +128,9 @@ def load_model(
     residence = OffloadedBlocks(model, files, device, folder) if files else Residence()
     if weights and not files:
         model = model.to(device)
-    return LoadedModel(model.eval(), _tokenizer(place, trust), name, dtypes, residence, place, reading.unread)
+    return LoadedModel(
+        model.eval(), _tokenizer(place, trust), name, dtypes, residence, place, reading.unread, trust
+    )
 
 
 @contextmanager

@@ -87,12 +87,14 @@ class LayerSolving:
         patterns: of each layer by name.
         masks: warm start of each layer by name instead of the start's, or None.
         ranks: the processes that share the work.
+        dtypes: in which each layer's weight is saved, by name; the model's own where it is not named.
     """
 
     settings: PruneSettings
     patterns: Mapping[str, Pattern]
     masks: Mapping[str, Tensor] | None
     ranks: Ranks
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def objective(self) -> Objective:
@@ -124,6 +126,7 @@ class LayerSolving:
         warm = solve_shared(problem, start, None, ranks)
         score = solver.group is Group.SCORE
         solution = solve_shared(problem, solver, None if score else warm.mask, ranks)
+        solution = as_saved(problem, solution, self.dtypes.get(layer.name, layer.weight.dtype))
         return Solved(problem, warm, solution, strength, fallback, plain, ranks.count > 1)
 
     def stays_dense(self, sums: GramAccumulator) -> bool:
@@ -245,6 +248,14 @@ class LayerSolving:
         if metric is None and drift is None and self.objective.shrinkage == 0:
             return problem, problem, fallback
         return problem, replace(problem, gram=own, drift=None, metric=None), fallback
+
+
+def as_saved(problem: LayerProblem, solution: Solution, dtype: torch.dtype) -> Solution:
+    """``solution`` with updated weights rounded to the dtype in which they are saved, and their error."""
+    if solution.weight is None:
+        return solution
+    weight = solution.weight.to(dtype).to(solution.weight.dtype)
+    return replace(solution, weight=weight, row_objectives=problem.row_objectives(solution.mask, weight))
 
 
 def left_dense(layer: PrunableLayer, reason: str) -> tuple[LayerRecord, bytes]:

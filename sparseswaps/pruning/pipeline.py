@@ -66,6 +66,7 @@ class RunContext:
         store: says where activations are kept; in main memory by default.
         residence: where the blocks' weights are; in the model by default.
         on_layer: called on the first rank with each layer's problem and solution, before it is applied.
+        dtypes: in which layers' weights are saved, by name; that of the model by default.
     """
 
     record: RunDatabase = field(default_factory=lambda: RunDatabase(None))
@@ -74,6 +75,7 @@ class RunContext:
     store: TensorStore = field(default_factory=TensorStore)
     residence: Residence = field(default_factory=Residence)
     on_layer: OnLayer | None = None
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
 def prune_layers(
@@ -122,7 +124,7 @@ def prune_layers(
         job = _Job(
             model,
             blocks,
-            LayerSolving(settings, known, masks, context.ranks),
+            LayerSolving(settings, known, masks, context.ranks, context.dtypes),
             replace(context, record=database),
             sum(layer.weight.numel() for layer in layers),
         )

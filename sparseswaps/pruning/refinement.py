@@ -266,9 +266,10 @@ class _Refiner:
 
     def _apply(self, layer: PrunableLayer, mask: Tensor, weight: Tensor | None) -> None:
         """The layer has this mask, and the dense kept weights where there is no ``weight``."""
+        dense = self.dense_weights[layer.name]
         if weight is None:
-            weight = masked(self.dense_weights[layer.name].to(layer.weight.device), mask)
-        layer.write(weight)
+            weight = masked(dense.to(layer.weight.device), mask)
+        layer.write(weight.to(dense.dtype))  # rounded as it is saved
         self.masks[layer.name] = mask.cpu()
 
     def _gradients(

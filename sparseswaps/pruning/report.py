@@ -18,7 +18,7 @@ class PruneReport:
         model: directory or name; settings: what was asked for, every default resolved.
         loss_start, loss: before and after the refinement (see ``refinement``), None without;
             refinement_swaps: weights that it exchanged. Layer records are from before it.
-        calibration_hash: SHA-256 of the calibration windows' tokens.
+        calibration_hash, evaluation_hash: SHA-256 of the windows' tokens; None without evaluation.
         evaluation_windows: number of evaluation windows, each as long as those.
         perplexity_dense, perplexity_pruned: of causal models, on text.
         cosine: mean cosine of pooled embeddings to the dense model's, for the others; compared: name of the
@@ -40,6 +40,7 @@ class PruneReport:
     loss: float | None
     refinement_swaps: int
     calibration_hash: str
+    evaluation_hash: str | None
     evaluation_windows: int
     perplexity_dense: float | None
     perplexity_pruned: float | None

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,9 @@ from ..errors import InputError
 from ..evaluation.measures import compared_output, is_causal, mean_cosine
 from ..evaluation.quality import model_embeddings, model_perplexity
 from ..machine import peak_memory_mb, versions
+from ..masks.output import claimed
 from ..masks.saving import (
     SETTINGS_FILE,
-    check_folder,
     dense_weights,
     hash_of_all,
     run_record,
@@ -37,6 +38,7 @@ from ..ranks import Ranks
 from ..records.run import LayerRecord, known_mean
 from ..records.run_database import RunDatabase
 from .allocation import allocate
+from .card import CARD_FILE, model_card
 from .inputs import Announce, Inputs, gather_inputs
 from .pipeline import OnLayer, RunContext, prune_layers
 from .refinement import Refinement, refine_masks
@@ -82,31 +84,56 @@ def prune(
     ranks = machine.ranks
     progress = progress if progress is not None and ranks.first else Silent()
     folder = None if out is None else Path(out)
-    if folder is not None:
-        ranks.from_first(lambda: check_folder(folder, resume))
     target = resolve_device(machine.device)
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
-    inputs = gather_inputs(model, settings, machine, announce, saved=folder is not None)
-    dense = dense_weights(inputs.model, inputs.layers)
-    store = TensorStore(inputs.activation_limit)
-    with run_record(folder if ranks.first else None, _identity(inputs, dense), resume) as record:
-        context = RunContext(record, progress, ranks, store, inputs.model.residence, on_layer)
-        before = _quality(inputs, "dense", context)
-        found = _prune(inputs, dense, context)
-        after = _Quality()
-        if ranks.first or not settings.refine:  # only the first rank has the refined model
-            judges = Ranks() if settings.refine else ranks
-            after = _quality(inputs, "pruned", replace(context, ranks=judges))
-        if not ranks.first:
-            return ranks.from_first(_never)
+    with ExitStack() as stack:
         if folder is not None:
-            layers = [layer for block in _without_dense(inputs.blocks, record) for layer in block.layers]
-            save_run(folder, inputs.model, layers, found.masks, found.patterns, dense, record)
-            (folder / SETTINGS_FILE).write_text(str(inputs.settings), encoding="utf-8")
+            ranks.from_first(lambda: stack.enter_context(claimed(folder, resume)))
+        inputs = gather_inputs(model, settings, machine, announce, saved=folder is not None)
+        dense = dense_weights(inputs.model, inputs.layers)
+        record = stack.enter_context(
+            run_record(folder if ranks.first else None, _identity(inputs, dense), resume)
+        )
+        loaded = inputs.model
+        context = RunContext(
+            record,
+            progress,
+            ranks,
+            TensorStore(inputs.activation_limit),
+            loaded.residence,
+            on_layer,
+            {layer.name: loaded.dtypes[layer.parameter_name] for layer in inputs.layers},
+        )
+        return _run(inputs, dense, context, folder, begin)
+
+
+def _run(
+    inputs: Inputs, dense: Mapping[str, Tensor], context: RunContext, folder: Path | None, begin: float
+) -> PruneReport:
+    """Measure, prune, measure again, save; the first rank's report on every rank."""
+    ranks, record, refined = context.ranks, context.record, bool(inputs.settings.refine)
+    before = _quality(inputs, "dense", context)
+    found = _prune(inputs, dense, context)
+    after = _Quality()
+    if ranks.first or not refined:  # only the first rank has the refined model
+        after = _quality(inputs, "pruned", replace(context, ranks=Ranks() if refined else ranks))
+    if not ranks.first:
+        return ranks.from_first(_never)
+
+    def report_now() -> PruneReport:
         report = _report(inputs, found, before, after, record, time.perf_counter() - begin)
-        report = replace(report, out=None if folder is None else str(folder))
-        record.set({"report": {k: v for k, v in report.to_json().items() if k != "layers"}})
+        return replace(report, out=None if folder is None else str(folder))
+
+    if folder is not None:
+        layers = [layer for block in _without_dense(inputs.blocks, record) for layer in block.layers]
+        texts = {
+            CARD_FILE: model_card(report_now(), inputs.model.origin),
+            SETTINGS_FILE: str(inputs.settings),
+        }
+        save_run(folder, inputs.model, layers, found.masks, found.patterns, dense, record, texts)
+    report = report_now()
+    record.set({"report": {key: value for key, value in report.to_json().items() if key != "layers"}})
     return ranks.from_first(lambda: report)
 
 
@@ -261,6 +288,7 @@ def _report(
         loss=None if refinement is None else refinement.loss,
         refinement_swaps=0 if refinement is None else refinement.swaps,
         calibration_hash=inputs.calibration.hash,
+        evaluation_hash=None if inputs.evaluation is None else inputs.evaluation.hash,
         evaluation_windows=0 if inputs.evaluation is None else len(inputs.evaluation),
         perplexity_dense=before.perplexity,
         perplexity_pruned=after.perplexity,

@@ -40,11 +40,8 @@ class RunDatabase(Database):
 
     def _create(self, connection: sqlite3.Connection) -> None:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, SCHEMA_VERSION):
-            raise InvalidFileError(
-                f"record {self.path}: expected schema version {SCHEMA_VERSION}, found {version}; a run that "
-                "another version began is finished by that version, or begun again in an empty directory"
-            )
+        if version != 0:
+            _check_version(self.path, version)
         layer, step = names(_LAYER_COLUMNS), names(_STEP_COLUMNS)
         for table in (
             "run (key TEXT PRIMARY KEY, value TEXT)",
@@ -164,3 +161,35 @@ class RunDatabase(Database):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def facts_in(path: Path) -> dict[str, Any]:
+    """Everything stored with ``set`` in a record, which is read and not changed.
+
+    Raises:
+        InvalidFileError: if the file is no record of this version.
+    """
+    logged = path.with_name(f"{path.name}-wal").exists()
+    if not logged and path.stat().st_size == 0:  # of a run that ended as it began
+        return {}
+    options = "mode=ro" if logged else "mode=ro&immutable=1"
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{options}", uri=True)) as connection:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+            if not tables and logged:
+                return {}
+            if not {"run", "layer"} <= tables:
+                raise InvalidFileError(f"record {path}: expected that of a run, found another database")
+            _check_version(path, version)
+            return {key: json.loads(value) for key, value in connection.execute("SELECT key, value FROM run")}
+    except (sqlite3.DatabaseError, ValueError, TypeError) as error:
+        raise InvalidFileError(f"record {path}: expected that of a run, found {error}") from error
+
+
+def _check_version(path: Path | None, found: int) -> None:
+    if found != SCHEMA_VERSION:
+        raise InvalidFileError(
+            f"record {path}: expected schema version {SCHEMA_VERSION}, found {found}; a run that "
+            "another version began is finished by that version, or begun again in an empty directory"
+        )

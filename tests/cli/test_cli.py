@@ -17,7 +17,7 @@ import torch
 
 import sparseswaps.cli
 from sparseswaps.masks.file import MASK_FILE, load_masks
-from sparseswaps.masks.saving import RECORD_FILE
+from sparseswaps.masks.output import RECORD_FILE
 from sparseswaps.records.run_database import RunDatabase
 
 STUDY = """

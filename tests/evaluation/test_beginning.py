@@ -22,7 +22,8 @@ import sparseswaps as ss
 import sparseswaps.cli
 from sparseswaps.calibration.windows import calibration_windows, evaluation_windows
 from sparseswaps.evaluation.beginning import AddBos, Beginning, decide_beginning
-from sparseswaps.masks.saving import RECORD_FILE, SETTINGS_FILE
+from sparseswaps.masks.output import RECORD_FILE
+from sparseswaps.masks.saving import SETTINGS_FILE
 from sparseswaps.ranks import Ranks
 from sparseswaps.records.run import LayerRecord
 from sparseswaps.records.run_database import RunDatabase

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from sparseswaps.masks.file import MASK_FILE, load_masks, verify_model
-from sparseswaps.masks.saving import RECORD_FILE
+from sparseswaps.masks.output import RECORD_FILE
 from sparseswaps.models.loading import load_model
 from sparseswaps.pruning.run import prune
 from sparseswaps.ranks import Ranks

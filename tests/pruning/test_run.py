@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import sparseswaps as ss
 from sparseswaps.masks.file import MASK_FILE, apply_masks, load_masks, verify_model
-from sparseswaps.masks.saving import RECORD_FILE
+from sparseswaps.masks.output import RECORD_FILE
 from sparseswaps.models.loading import load_model
 from sparseswaps.pruning.run import prune
 from sparseswaps.pruning.settings import Mode

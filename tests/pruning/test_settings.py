@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparseswaps as ss
-from sparseswaps.masks.saving import RECORD_FILE
+from sparseswaps.masks.output import RECORD_FILE
 from sparseswaps.pruning.objective import AUTO, UNSTATED
 from sparseswaps.pruning.run import SETTINGS_FILE, prune
 from sparseswaps.records.run_database import RunDatabase
