@@ -179,9 +179,10 @@ def facts_in(path: Path) -> dict[str, Any]:
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
             if not tables and logged:
                 return {}
-            if not {"run", "layer"} <= tables:
+            if version != 0:
+                _check_version(path, version)
+            if version == 0 or not {"run", "layer"} <= tables:
                 raise InvalidFileError(f"record {path}: expected that of a run, found another database")
-            _check_version(path, version)
             return {key: json.loads(value) for key, value in connection.execute("SELECT key, value FROM run")}
     except (sqlite3.DatabaseError, ValueError, TypeError) as error:
         raise InvalidFileError(f"record {path}: expected that of a run, found {error}") from error

@@ -287,7 +287,7 @@ def test_a_record_that_is_no_record(dense: Path, arguments: dict, tmp_path: Path
     out = tmp_path / "out"
     out.mkdir()
     (out / RECORD_FILE).write_bytes(b"not a database" * 100)
-    with pytest.raises(ss.InvalidFileError, match="expected an SQLite database"):
+    with pytest.raises(ss.InvalidFileError, match="expected that of a run, found file is not a database"):
         prune(dense, **arguments, out=out, resume=True)
     (out / RECORD_FILE).unlink()
     with sqlite3.connect(out / RECORD_FILE) as connection:
