@@ -73,6 +73,7 @@ def copy_companions(origin: Source | None, target: Path) -> Companions:
     copied: list[str] = []
     left: list[str] = []
     named = _named_folders(folder)
+    read = {".safetensors"} if any(folder.glob("*.safetensors")) else {".bin"}
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name in _OURS:
             continue
@@ -84,7 +85,7 @@ def copy_companions(origin: Source | None, target: Path) -> Companions:
         elif not any(path.match(pattern) for pattern in _WEIGHTS):
             shutil.copyfile(path, target / path.name)
             copied.append(path.name)
-        elif path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
+        elif path.suffix not in read and not path.name.endswith(".index.json"):
             left.append(path.name)
     if left:
         warnings.warn(
