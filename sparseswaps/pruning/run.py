@@ -26,10 +26,12 @@ from ..masks.saving import (
     check_folder,
     dense_weights,
     hash_of_all,
+    other_tensors,
     run_record,
     save_run,
 )
 from ..models.blocks import Block
+from ..models.contents import model_hash
 from ..models.loading import LoadedModel, resolve_device
 from ..problems.pattern import Pattern, pattern_of
 from ..progress import Progress, Silent
@@ -132,6 +134,8 @@ def _identity(inputs: Inputs, dense: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         "model": model.source,
         "weights": hash_of_all(dense),
+        "checkpoint": None if model.origin is None else model_hash(model.origin),
+        "state": hash_of_all(other_tensors(model, inputs.layers)),
         **inputs.settings.compared(),
         "samples": len(inputs.calibration),
         "calibration": inputs.calibration.hash,

@@ -93,8 +93,14 @@ class StudyDatabase(Database):
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def add_plan(self, study: str, facts: Mapping[str, Any], units: Iterable[PlannedUnit]) -> None:
-        """Add a study and those of its units that are not there yet."""
+        """Add a study and those of its units that are not there yet; drop pending ones that it has no more."""
+        units = list(units)
         with self._transaction() as connection:
+            connection.execute(
+                "DELETE FROM plan WHERE study = ? AND state = 'pending' "
+                "AND unit NOT IN (SELECT value FROM json_each(?))",
+                (study, json.dumps([unit.unit for unit in units])),
+            )
             connection.execute(
                 "INSERT OR REPLACE INTO study VALUES (?, ?)", (study, json.dumps(facts, sort_keys=True))
             )

@@ -133,10 +133,10 @@ def run_study(
             "name": study.name, "title": study.title, "description": study.description,
             "units": len(units), "memory_mb": study.memory_mb,
         }  # fmt: skip
-        record.add_plan(study.name, facts, units)
         record.release_lost()
         if retry_failed:
             record.retry_failed([study.name])
+        record.add_plan(study.name, facts, units)
         # workers elsewhere do not share this process's current folder
         cache = path.resolve().with_name(path.name + CACHE_SUFFIX)
         job = _Run(study, units, record, cache, pool, progress)
