@@ -1,7 +1,7 @@
 """Hashes of what is in files: a model or a text is another one if its contents are, whatever it is called.
 
-A large file is read once: its hash is kept in the user's cache folder and holds as long as the file has the same
-size, times and inode. Where the cache cannot be read or written, the file is read again.
+A large file is read once: its hash is kept in the user's cache folder and holds as long as the file has the
+same size, times and inode. Where the cache cannot be read or written, the file is read again.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def cache_file() -> Path:
     """Where hashes are remembered: in ``$XDG_CACHE_HOME``, by default ``~/.cache``."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     # the specification ignores relative folders
-    base = Path(home) if Path(home).is_absolute() else Path(os.path.expanduser("~")) / ".cache"
+    base = Path(home) if Path(home).is_absolute() else Path("~").expanduser() / ".cache"
     return base / "sparseswaps" / "contents.json"
 
 
