@@ -41,7 +41,7 @@ from ..records.run_database import RunDatabase
 from .allocation import allocate
 from .inputs import Announce, Inputs, gather_inputs
 from .pipeline import OnLayer, RunContext, prune_layers
-from .refinement import Refinement, refine_masks
+from .refinement import Refinement, record_refined_errors, refine_masks
 from .report import PruneReport
 from .settings import Machine, PruneSettings, split_options
 
@@ -169,9 +169,10 @@ def _prune(inputs: Inputs, dense: Mapping[str, Tensor], context: RunContext) -> 
     masks = in_passes(settings=settings, calibration=windows)
     refinement = None
     if outputs is not None:
+        pruned = _without_dense(blocks, context.record)
         masks, refinement = refine_masks(
             model,
-            _without_dense(blocks, context.record),
+            pruned,
             patterns,
             windows,
             outputs,
@@ -182,6 +183,7 @@ def _prune(inputs: Inputs, dense: Mapping[str, Tensor], context: RunContext) -> 
             progress=context.progress,
             update=settings.update,
         )
+        record_refined_errors(model, pruned, patterns, dense, windows, inputs.held_out, context.record)
     if settings.update is not None and not settings.refine:
         inputs.model.residence.restore(inputs.layers, dense)
         # nothing stops early where weights are updated: all windows count

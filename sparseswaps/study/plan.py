@@ -35,13 +35,13 @@ class CostEstimate:
         units: work units that are not finished.
         seconds: expected, on ``jobs`` processes: means of finished units of the same solver where
             there are some, else budgets.
-        most: if every unit takes as long as it may.
+        most: if every unit takes as long as it may; None where one has no limit of its own.
         measured: units whose expectation comes from finished ones.
     """
 
     units: int
     seconds: float
-    most: float
+    most: float | None
     measured: int
 
 
@@ -201,6 +201,7 @@ def estimate_cost(
         mean_seconds: of finished units by label.
         jobs: processes.
     """
+    units = list(units)
     count, seconds, most, measured = 0, 0.0, 0.0, 0
     for unit in units:
         count += 1
@@ -212,7 +213,8 @@ def estimate_cost(
             seconds += unit.spec["seconds"]
         else:
             seconds += GUESS_MODEL if unit.spec["kind"] == "model" else GUESS_LAYER
-    return CostEstimate(count, seconds / jobs, most / jobs, measured)
+    limited = all(unit.limit != NO_LIMIT for unit in units)
+    return CostEstimate(count, seconds / jobs, most / jobs if limited else None, measured)
 
 
 def plan_summary(units: Iterable[PlannedUnit]) -> list[tuple[str, str, int]]:
