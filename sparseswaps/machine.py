@@ -17,6 +17,22 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
+def duration(seconds: float) -> str:
+    """Seconds for people: ``under a second``, ``40 s``, ``5 min``, ``2.5 h``."""
+    if seconds < 1:
+        return "under a second"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """Bytes for people: ``under 1 MB``, ``150 MB``, ``1.25 GB``."""
+    if count < 1e6:
+        return "under 1 MB" if count else "0 MB"
+    return f"{count / 1e6:.0f} MB" if count < 0.9995e9 else f"{count / 1e9:.2f} GB"
+
+
 def peak_memory_mb() -> float:
     """Largest resident set of this process so far, in 10⁶ bytes."""
     if sys.platform == "linux":  # ru_maxrss starts from the size of the process that started this one

@@ -7,6 +7,8 @@ the whole text, documents are joined with a blank line between them, as WikiText
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidTextError
+from ..models.contents import file_hash, hash_of_files
 from .corpus import standard_library_text
 from .records import RECORD_KINDS, SHOWN, column_of, document, documents_of_records, kind_of, open_text
 
@@ -96,6 +99,31 @@ def read_documents(
     return Documents(_of_file(path, column, tokenizer), f"text {name}", tokenizer)
 
 
+def text_hash(source: str | os.PathLike[str]) -> str | None:
+    """SHA-256 of the files that a source of windows names; None for a dataset that is not on this machine.
+
+    Raises:
+        InvalidFileError: if a file cannot be read.
+        InvalidTextError: if it is the name of a file that is not there.
+    """
+    name = os.fspath(source)
+    if name in STANDARD_LIBRARY:
+        return _standard_library_hash(STANDARD_LIBRARY[name])
+    saved = Path(name.partition(":")[0])
+    if any((saved / each).is_file() for each in SAVED_DATASET):
+        return hash_of_files(saved, [path for path in saved.rglob("*") if path.is_file()])
+    place = None if name in DATASETS and not Path(name).is_file() else local_place(name)
+    if place is None:
+        return None
+    path = place[0]
+    return hash_of_files(path, _texts_inside(path)[0]) if path.is_dir() else file_hash(path)
+
+
+@functools.cache
+def _standard_library_hash(part: Any) -> str:
+    return hashlib.sha256(standard_library_text(part).encode()).hexdigest()
+
+
 def local_place(name: str) -> tuple[Path, str | None] | None:
     """The file or folder that a source names, and the column behind a colon; None for a dataset.
 
@@ -143,13 +171,18 @@ def _of_file(path: Path, column: str | None, tokenizer: PreTrainedTokenizerBase 
     return [text]
 
 
-def _of_folder(folder: Path, column: str | None, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+def _texts_inside(folder: Path) -> tuple[list[Path], list[str]]:
+    """The texts in a folder, in order, and the names of what else is in it."""
     try:
         inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise InvalidTextError(f"text {folder}: expected a readable folder, found {error}") from error
     texts = [path for path in inside if path.is_file() and kind_of(path) in TEXT_KINDS]
-    others = [path.name for path in inside if path not in texts]
+    return texts, [path.name for path in inside if path not in texts]
+
+
+def _of_folder(folder: Path, column: str | None, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    texts, others = _texts_inside(folder)
     shown = ", ".join(others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
     if not texts:
         raise InvalidTextError(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .options import Quiet
 from .output import console, progress_bars, quiet_libraries
 
 
@@ -17,6 +18,7 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the report.")] = Path("demo-report"),
+    quiet: Quiet = False,
 ) -> None:
     """Prune the bundled model with magnitude, Wanda, 1-swap, and 1-swap with drift; compare them.
 
@@ -26,7 +28,7 @@ def demo(
     from ..demo import run_demo
 
     quiet_libraries()
-    with progress_bars() as bars:
+    with progress_bars(quiet) as bars:
         table, page = run_demo(out, bars)
     console.print(table)
     console.print(f"report: {page.resolve()}", soft_wrap=True)

@@ -20,7 +20,7 @@ from ..models.loading import load_model, resolve_device
 from ..problems.files import save_instance
 from ..pruning.pipeline import layer_problems
 from ..solvers.registry import SOLVERS
-from .options import AllowPickle, TrustRemoteCode
+from .options import AllowPickle, Quiet, TrustRemoteCode
 from .output import console, error_console, progress_bars, quiet_libraries
 
 
@@ -46,6 +46,7 @@ def extract(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write layers of a model as instance files: weights, Gram matrix of the dense model, pattern.
 
@@ -81,7 +82,7 @@ def extract(
     }
     total = sum(len(block.layers) for block in blocks)
     table = Table("instance", "shape", "pattern", "tokens", "dead channels")
-    with progress_bars() as bars:
+    with progress_bars(quiet) as bars:
         for done, problem in enumerate(layer_problems(loaded.model, blocks, pattern, windows.tokens), 1):
             path = out / f"{re.sub(r'[^A-Za-z0-9._-]', '_', problem.name)}.safetensors"
             save_instance(problem, path, provenance)

@@ -20,6 +20,7 @@ from ..pruning.objective import SEARCH_DEFAULT, UNSTATED, Objective
 from ..pruning.settings import Machine, PruneSettings
 from .output import error_console
 
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
 AllowPickle = Annotated[
     bool,
     typer.Option(

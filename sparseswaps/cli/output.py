@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..machine import duration
+from ..progress import Silent
 from ..records.run import LayerRecord
 
 # a pipe or a file has no width of its own: enough for the layer table; "file:x:" is a name, no emoji
@@ -56,9 +59,69 @@ class ProgressBars:
         self._bars.update(self._tasks[key], description=text, completed=done, total=total)
 
 
+class ProgressLines:
+    """One plain line per layer and finished stage, with time left, for logs; a ``pipeline.Progress``.
+
+    A stage that takes longer says every ``EVERY`` seconds how far it is.
+    """
+
+    EVERY = 30.0
+
+    def __init__(self) -> None:
+        self._begun: dict[str, tuple[int, float]] = {}
+        self._said: dict[str, float] = {}
+
+    def stage(self, text: str, done: int, total: int) -> None:
+        """Say that a stage is over, or how far a long one is."""
+        now = time.monotonic()
+        begun = self._begun.get(text)
+        if begun is None or done < begun[0]:
+            self._begun[text], self._said[text] = (done, now), now
+        if done >= total or now - self._said[text] >= self.EVERY:
+            self._said[text] = now
+            self._say(text, text, done, total)
+            if done >= total:  # the next of that name is another one
+                del self._begun[text]
+
+    def layer_started(self, name: str) -> None:
+        """Note when the first search begins."""
+        self._begun.setdefault("layers", (0, time.monotonic()))
+
+    def layer_finished(self, record: LayerRecord, done: int, total: int) -> None:
+        """Say which layer is pruned."""
+        self._begun.setdefault("layers", (done, time.monotonic()))
+        self._say("layers", f"pruned {record.name}", done, total)
+
+    def rows(self, done: int, total: int) -> None:
+        """Say how many rows of one layer are finished."""
+        self.stage("rows", done, total)
+
+    def _say(self, key: str, text: str, done: int, total: int) -> None:
+        first, begin = self._begun[key]
+        seconds = time.monotonic() - begin
+        line = f"{text}: {done / max(total, 1):.0%}, {duration(seconds)}"
+        if first < done < total:
+            left = seconds / (done - first) * (total - done)
+            line += f", about {duration(left)} left" if left >= 1 else f", {duration(left)} left"
+        error_console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class NoProgress(Silent):
+    """What ``--quiet`` shows: nothing."""
+
+    def rows(self, done: int, total: int) -> None:
+        """Say nothing."""
+
+
+Shown = ProgressBars | ProgressLines | NoProgress
+
+
 @contextmanager
-def progress_bars() -> Iterator[ProgressBars]:
-    """Progress bars while the block runs; warnings are shown above them, one line each."""
+def progress_bars(quiet: bool = False) -> Iterator[Shown]:
+    """Progress while the block runs: bars, plain lines where there is no terminal, nothing if ``quiet``.
+
+    Warnings are shown above bars, one line each.
+    """
     bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -69,6 +132,7 @@ def progress_bars() -> Iterator[ProgressBars]:
         console=error_console,
         transient=True,
     )
+    shown: Shown = ProgressBars(bars) if error_console.is_terminal else ProgressLines()
 
     def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
         bars.console.print(f"[yellow]warning:[/] {message}", highlight=False, soft_wrap=True)
@@ -76,7 +140,7 @@ def progress_bars() -> Iterator[ProgressBars]:
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]  # the module attribute is the documented hook
         try:
-            yield ProgressBars(bars)
+            yield NoProgress() if quiet else shown
         finally:
             if bars.live.is_started:
                 bars.stop()

@@ -23,7 +23,7 @@ from ..progress import Progress
 from ..pruning.report import PruneReport
 from ..pruning.run import prune as run_prune
 from ..ranks import PATIENCE, Ranks, joined
-from .options import AllowPickle, TrustRemoteCode, read_options, tell_of_former, with_options
+from .options import AllowPickle, Quiet, TrustRemoteCode, read_options, tell_of_former, with_options
 from .output import (
     console,
     error_console,
@@ -68,6 +68,7 @@ def prune(
     rank_timeout: Annotated[
         float, typer.Option(help="Seconds after which a silent process counts as lost (torchrun).")
     ] = PATIENCE,
+    quiet: Quiet = False,
     json: Json = False,
     **options: Any,
 ) -> None:
@@ -92,7 +93,7 @@ def prune(
         raise InputError("prune: expected --calibration FILE_OR_DATASET, found none")
     quiet_libraries()
     try:
-        with joined(machine.device, rank_timeout) as ranks, _bars_of(ranks) as bars:
+        with joined(machine.device, rank_timeout) as ranks, _bars_of(ranks, quiet) as bars:
             report = run_prune(
                 model,
                 chosen,
@@ -120,10 +121,10 @@ def prune(
 
 
 @contextmanager
-def _bars_of(ranks: Ranks) -> Iterator[Progress | None]:
-    """Progress bars of the first rank."""
+def _bars_of(ranks: Ranks, quiet: bool) -> Iterator[Progress | None]:
+    """Progress of the first rank."""
     if ranks.first:
-        with progress_bars() as bars:
+        with progress_bars(quiet) as bars:
             yield bars
     else:
         yield None
@@ -174,7 +175,7 @@ def evaluate(
     ] = None,
     length: Length = None,
     evaluation_limit: Annotated[
-        int | None, typer.Option(help="Use only so many windows of the text.")
+        int | None, typer.Option(help="Use only so many windows of the text; all by default, as prune does.")
     ] = None,
     add_bos: Annotated[
         str,
@@ -188,6 +189,7 @@ def evaluate(
     offload: Offload = False,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
     json: Json = False,
     former_eval: Annotated[str | None, typer.Option("--eval", hidden=True)] = None,
 ) -> None:
@@ -205,7 +207,7 @@ def evaluate(
     if text is None:
         raise InputError("evaluate: expected --evaluation FILE_OR_DATASET, found none")
     quiet_libraries()
-    with progress_bars() as bars:
+    with progress_bars(quiet) as bars:
         found = run_evaluate(
             model,
             text,

@@ -17,6 +17,7 @@ from ..solvers import bound as lower_bound
 from ..solvers import solve as run_solver
 from ..solvers.bounding import TIERS
 from ..solvers.registry import parse_solver
+from .options import Quiet
 from .output import console, key_values, print_json, progress_bars
 
 SHOWN_ROWS = 64
@@ -38,6 +39,7 @@ def solve(
     ] = None,
     budget: Annotated[float | None, typer.Option(help="Seconds for everything.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    quiet: Quiet = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Run a solver on an instance and show what it found, row by row.
@@ -56,7 +58,7 @@ def solve(
     elif time_limit is not None:
         budget = time_limit if budget is None else min(budget, time_limit)
     problem = slice_problem(load_instance(instance), rows).to(device)
-    with progress_bars() as bars:
+    with progress_bars(quiet) as bars:
         init = None if start is None else run_solver(problem, parse_solver(start))
         solution = run_solver(problem, chosen, init, Budget(budget, bars.rows))
     if json:
@@ -76,6 +78,7 @@ def bound(
         float | None, typer.Option(help="Seconds for the bound; it holds whenever it stops.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    quiet: Quiet = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Prove that no mask of an instance has a smaller error than the bound, and compare a solver's mask.
@@ -87,7 +90,7 @@ def bound(
     sparseswaps bound instance.safetensors --tier dnn --rows 0:16 --solver tabu
     """
     problem = slice_problem(load_instance(instance), rows).to(device)
-    with progress_bars() as bars:
+    with progress_bars(quiet) as bars:
         found = run_solver(problem, parse_solver(solver))
         proven = lower_bound(problem, tier, Budget(budget, bars.rows), init=found)
     solution = dataclasses.replace(

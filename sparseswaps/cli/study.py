@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
+from ..machine import duration
 from ..study import StudyProgress, build_report, plan_study, run_study
 from ..study import export as export_tables
 from ..study import merge as merge_records
+from .options import Quiet
 from .output import console, error_console, progress_bars, quiet_libraries
 
 
@@ -40,6 +42,7 @@ def study(
         bool, typer.Option("--dry-run", help="Show the plan and its cost; run nothing.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Write the report there when the study is done.")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Run a study: problems × solvers × patterns × seeds. Stop it at any time; it resumes.
 
@@ -59,12 +62,14 @@ def study(
         for source, label, units in plan.summary:
             table.add_row(source, label, str(units))
         console.print(table)
+        cost = plan.cost
+        most = "no limit stated" if cost.most is None else f"at most {duration(cost.most)}"
         console.print(
-            f"{len(plan.units)} units, {plan.done} done; about {plan.cost.seconds:.0f} s to go, "
-            f"at most {plan.cost.most:.0f} s ({plan.cost.measured} of {plan.cost.units} from measured units)"
+            f"{len(plan.units)} units, {plan.done} done; expected {duration(cost.seconds)} to go, {most} "
+            f"({cost.measured} of {cost.units} from measured units)"
         )
         return
-    with progress_bars() as bars:
+    with progress_bars(quiet) as bars:
 
         def show(progress: StudyProgress) -> None:
             bars.stage(f"units ({progress.failed} failed)", progress.done + progress.failed, progress.total)

@@ -44,6 +44,15 @@ def dense_weights(loaded: LoadedModel, layers: Sequence[PrunableLayer]) -> Mappi
     }
 
 
+def other_tensors(loaded: LoadedModel, layers: Sequence[PrunableLayer]) -> dict[str, Tensor]:
+    """Embeddings, norms, biases, buffers: all tensors in memory that are not those of ``layers``, by name."""
+    pruned = {layer.parameter_name for layer in layers}
+    named = [*loaded.model.named_parameters(), *loaded.model.named_buffers()]
+    return {
+        name: tensor.detach().cpu() for name, tensor in named if name not in pruned and not tensor.is_meta
+    }
+
+
 class _InFiles(Mapping[str, Tensor]):
     """Dense weights by layer, read from the checkpoint."""
 
@@ -69,11 +78,11 @@ class _InFiles(Mapping[str, Tensor]):
 
 
 def hash_of_all(weights: Mapping[str, Tensor]) -> str:
-    """One SHA-256 over all weights and their names."""
+    """One SHA-256 over all tensors and their names."""
     digest = hashlib.sha256()
     for name, weight in weights.items():
         digest.update(name.encode())
-        digest.update(weight.contiguous().view(torch.uint8).numpy().data)
+        digest.update(weight.reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -27,7 +27,7 @@ from ..calibration.gradients import MOMENT_BYTES, moment_bytes, moment_groups
 from ..calibration.logits import slice_tokens, whole_windows
 from ..errors import InputError
 from ..evaluation.measures import evaluation_batch_size, is_causal
-from ..machine import available_memory, resident_memory
+from ..machine import available_memory, duration, resident_memory, size
 from ..models.blocks import Block, PrunableLayer, device_of, output_head, vocabulary_of
 from ..models.inputs import Samples
 from ..models.loading import LoadedModel
@@ -106,14 +106,14 @@ class Estimate:
         return self.held_bytes + self.host_bytes + (0 if self.device_bytes else self.model_bytes)
 
     def __str__(self) -> str:
-        model, held = f"model {self.model_bytes / GB:.2f}", f"held already {self.held_bytes / GB:.2f}"
-        parts = f"{held}, beside it {self.host_bytes / GB:.2f}"
+        model, held = f"model {size(self.model_bytes)}", f"held already {size(self.held_bytes)}"
+        parts = f"{held}, beside it {size(self.host_bytes)}"
         if not self.device_bytes:
-            parts = f"{held}, {model}, beside them {self.host_bytes / GB:.2f}"
-        device = f"; on the device {model} GB, beside it {self.device_bytes / GB:.2f} GB"
+            parts = f"{held}, {model}, beside them {size(self.host_bytes)}"
+        device = f"; on the device {model}, beside it {size(self.device_bytes)}"
         return (
-            f"estimate: peak of {self.peak_bytes / GB:.2f} GB of main memory ({parts})"
-            f"{device if self.device_bytes else ''}; about {_duration(self.seconds)} for the layers"
+            f"estimate: peak of {size(self.peak_bytes)} of main memory ({parts})"
+            f"{device if self.device_bytes else ''}; {_about(self.seconds)} for the layers"
         )
 
 
@@ -455,7 +455,5 @@ def _rate(device: torch.device) -> float:
     return 2 * size**3 / best
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def _about(seconds: float) -> str:
+    return f"about {duration(seconds)}" if seconds >= 1 else duration(seconds)

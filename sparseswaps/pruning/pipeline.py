@@ -242,18 +242,18 @@ def _tell_of_first_alone(settings: PruneSettings, patterns: Mapping[str, Pattern
 def layer_problems(
     model: nn.Module,
     blocks: Sequence[Block],
-    pattern: str | PatternRule,
+    pattern: str | PatternRule | Mapping[str, Pattern],
     calibration: Samples,
     residence: Residence | None = None,
 ) -> Iterator[LayerProblem]:
-    """Every layer of ``blocks`` as a problem on the dense model's activations, block by block.
+    """Every layer of ``blocks`` as a problem on the model's activations, block by block.
 
     Layers that no calibration token reaches are left out.
 
     Args:
-        model: the dense model; it is not changed.
+        model: the dense or a pruned model; it is not changed.
         blocks: from ``find_blocks``.
-        pattern: ``0.5``, ``50%``, ``2:4`` or ``layer:0.5``.
+        pattern: ``0.5``, ``50%``, ``2:4`` or ``layer:0.5``; or that of each layer by name.
         calibration: token windows (windows, length), or other inputs.
         residence: where the blocks' weights are; in the model by default.
     """

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ from ..progress import Progress, Silent
 from ..records.run import RefinementStep
 from ..records.run_database import RunDatabase
 from ..solvers import Group, OneSwap, RowSweeps, Solver, solve
+from .pipeline import layer_problems
 
 # The first μ, what a failed step multiplies it by, and how often it is tried.
 FIRST, FACTOR, TRIES = 2.0, 3.0, 3
@@ -141,6 +142,63 @@ def refine_masks(
         progress or Silent(),
     )
     return job.run(passes)
+
+
+def record_refined_errors(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    patterns: Mapping[str, Pattern],
+    dense_weights: Mapping[str, Tensor],
+    calibration: Samples,
+    held_out: Samples | None,
+    record: RunDatabase,
+) -> None:
+    """Write errors of the refined model's masks into the record, on the inputs that its layers receive.
+
+    A refinement looks at the model's output, so the objective of a layer is its error. Errors of the warm
+    start stay those on the inputs of the search. Layers that no token reaches keep what the record has.
+
+    Args:
+        model: the refined model.
+        blocks: its blocks, without layers that were left dense.
+        patterns: the pattern of each layer by name.
+        dense_weights: ``W`` (rows, cols) of each layer before pruning, by name.
+        calibration: token windows (windows, length), or other inputs.
+        held_out: windows of the evaluation text, or None.
+        record: of the finished layers.
+    """
+    layers = {layer.name: layer for block in blocks for layer in block.layers}
+
+    def errors(windows: Samples) -> dict[str, tuple[float, float]]:
+        """Output norm and error of each layer, by name."""
+        found = {}
+        for problem in layer_problems(model, blocks, patterns, windows):
+            weight = layers[problem.name].weight
+            dense = replace(problem, weight=dense_weights[problem.name].to(weight.device, weight.dtype))
+            # the weights as they are: masked, and perhaps updated
+            lost = dense.row_objectives(weight != 0, weight)
+            found[problem.name] = (float(dense.output_norms().sum()), float(lost.sum()))
+        return found
+
+    on_calibration = errors(calibration)
+    on_held_out = {} if held_out is None else errors(held_out)
+    changed = []
+    for finished in record.layers():
+        norm, error = on_calibration.get(finished.name, (0.0, 0.0))
+        if norm <= 0:
+            continue
+        held_out_norm, held_out_error = on_held_out.get(finished.name, (0.0, 0.0))
+        changed.append(
+            replace(
+                finished,
+                output_norm=norm,
+                error=error / norm,
+                objective_start=finished.error_start,
+                objective=error / norm,
+                held_out_error=held_out_error / held_out_norm if held_out_norm > 0 else None,
+            )
+        )
+    record.set_errors(changed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,14 +295,14 @@ class _Refiner:
         gradients, sums = self._gradients(layers, stream) if layers else ({}, {})
         strength = FIRST
         for number in range(TRIES):
-            swaps, changed = 0, False
+            swaps, changed = {}, False
             for layer in layers:
                 mask, weight = before[layer.name]
                 problem = self._problem(
                     layer, weight, sums[layer.name], gradients[layer.name], moments[layer.name], strength
                 )
                 found = solve(problem, solver, init=mask)
-                swaps += int((found.mask != mask.to(found.mask.device)).sum()) // 2
+                swaps[layer.name] = int((found.mask != mask.to(found.mask.device)).sum()) // 2
                 self._apply(layer, found.mask, found.weight)
                 changed |= not torch.equal(layer.weight, weight)
             after = self.dense.total(self.model, stream) if changed else loss
@@ -254,11 +312,22 @@ class _Refiner:
                 for layer in layers:
                     self._apply(layer, *before[layer.name])
             step = RefinementStep(
-                position, number, names, strength, swaps, loss / count, after / count, accepted, last
+                position,
+                number,
+                names,
+                strength,
+                sum(swaps.values()),
+                loss / count,
+                after / count,
+                accepted,
+                last,
             )
             found_masks = {x.name: pack_mask(self.masks[x.name]).numpy().tobytes() for x in layers}
             weights = {x.name: weight_bytes(x.weight) for x in layers if solver.group is Group.WEIGHT_UPDATE}
-            self.record.add_refinement(step, found_masks if accepted else {}, weights if accepted else {})
+            if accepted:
+                self.record.add_refinement(step, found_masks, weights, swaps)
+            else:
+                self.record.add_refinement(step, {}, {}, {})
             if last:
                 return after if accepted else loss
             strength *= FACTOR

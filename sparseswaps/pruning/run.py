@@ -27,10 +27,12 @@ from ..masks.saving import (
     SETTINGS_FILE,
     dense_weights,
     hash_of_all,
+    other_tensors,
     run_record,
     save_run,
 )
 from ..models.blocks import Block
+from ..models.contents import model_hash
 from ..models.loading import LoadedModel, resolve_device
 from ..problems.pattern import Pattern, pattern_of
 from ..progress import Progress, Silent
@@ -41,7 +43,7 @@ from .allocation import allocate
 from .card import CARD_FILE, model_card
 from .inputs import Announce, Inputs, gather_inputs
 from .pipeline import OnLayer, RunContext, prune_layers
-from .refinement import Refinement, refine_masks
+from .refinement import Refinement, record_refined_errors, refine_masks
 from .report import PruneReport
 from .settings import Machine, PruneSettings, split_options
 
@@ -159,6 +161,8 @@ def _identity(inputs: Inputs, dense: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         "model": model.source,
         "weights": hash_of_all(dense),
+        "checkpoint": None if model.origin is None else model_hash(model.origin),
+        "state": hash_of_all(other_tensors(model, inputs.layers)),
         **inputs.settings.compared(),
         "samples": len(inputs.calibration),
         "calibration": inputs.calibration.hash,
@@ -192,9 +196,10 @@ def _prune(inputs: Inputs, dense: Mapping[str, Tensor], context: RunContext) -> 
     masks = in_passes(settings=settings, calibration=windows)
     refinement = None
     if outputs is not None:
+        pruned = _without_dense(blocks, context.record)
         masks, refinement = refine_masks(
             model,
-            _without_dense(blocks, context.record),
+            pruned,
             patterns,
             windows,
             outputs,
@@ -205,6 +210,7 @@ def _prune(inputs: Inputs, dense: Mapping[str, Tensor], context: RunContext) -> 
             progress=context.progress,
             update=settings.update,
         )
+        record_refined_errors(model, pruned, patterns, dense, windows, inputs.held_out, context.record)
     if settings.update is not None and not settings.refine:
         inputs.model.residence.restore(inputs.layers, dense)
         # nothing stops early where weights are updated: all windows count

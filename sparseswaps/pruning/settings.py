@@ -201,7 +201,10 @@ class PruneSettings(_Options):
     )
     seed: int = option(0, "Of the choice of windows.", NUMBER)
     evaluation_limit: int | None = option(
-        None, "Use only so many windows of the evaluation text.", PERHAPS_COUNT, old={"--eval-windows": None}
+        None,
+        "Use only so many windows of the evaluation text; all by default.",
+        PERHAPS_COUNT,
+        old={"--eval-windows": None},
     )
     add_bos: AddBos = option(
         AddBos.AUTO,

@@ -20,7 +20,8 @@ class LayerRecord:
     Errors are relative, divided by ``‖W X̂‖_F²`` on the same tokens. The *error* is the paper's:
     ``‖W X̂ - (M∘W) X̂‖_F²`` on the inputs that the layer receives. The *objective* is what the search
     minimised: the same without drift; with drift the error against the target that the drift sets
-    (see ``problems.layer``), which may fall while the error rises.
+    (see ``problems.layer``), which may fall while the error rises. After a refinement norm, error and
+    held-out error are those of the refined model, and the objective is the error.
 
     Attributes:
         name: layer name; block: index of its block; kind: type inside the block.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -105,9 +105,16 @@ class RunDatabase(Database):
         return None if row is None else row[0]
 
     def add_refinement(
-        self, step: RefinementStep, packed_masks: Mapping[str, bytes], weights: Mapping[str, bytes]
+        self,
+        step: RefinementStep,
+        packed_masks: Mapping[str, bytes],
+        weights: Mapping[str, bytes],
+        swaps: Mapping[str, int],
     ) -> None:
-        """Store a try of the refinement, and masks and kept weights that it changed, in one transaction."""
+        """Store a try of the refinement, and masks and kept weights that it changed, in one transaction.
+
+        The swaps of each layer are added to those of its search; no row of a changed mask is certified.
+        """
         values = list(asdict(step).values())
         with self._transaction() as connection:
             places = ", ".join("?" * len(values))
@@ -117,8 +124,24 @@ class RunDatabase(Database):
                 [(packed, name) for name, packed in packed_masks.items()],
             )
             connection.executemany(
+                "UPDATE layer SET swaps = swaps + ?, certified_rows = NULL WHERE name = ?",
+                [(count, name) for name, count in swaps.items() if count],
+            )
+            connection.executemany(
                 "UPDATE layer SET weight = ? WHERE name = ?",
                 [(weight, name) for name, weight in weights.items()],
+            )
+
+    def set_errors(self, records: Iterable[LayerRecord]) -> None:
+        """Replace norm, errors and objectives of layers by those of ``records``, in one transaction."""
+        columns = (
+            "output_norm", "error_start", "error", "objective_start", "objective", "held_out_error_start",
+            "held_out_error",
+        )  # fmt: skip
+        with self._transaction() as connection:
+            connection.executemany(
+                f"UPDATE layer SET {', '.join(f'{name} = ?' for name in columns)} WHERE name = ?",
+                [(*(getattr(each, name) for name in columns), each.name) for each in records],
             )
 
     def start_pass(self, number: int) -> dict[str, tuple[bytes, bytes | None]]:

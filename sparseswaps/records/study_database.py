@@ -93,8 +93,14 @@ class StudyDatabase(Database):
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def add_plan(self, study: str, facts: Mapping[str, Any], units: Iterable[PlannedUnit]) -> None:
-        """Add a study and those of its units that are not there yet."""
+        """Add a study and its units that are not there yet; drop pending ones that it has no more."""
+        units = list(units)
         with self._transaction() as connection:
+            connection.execute(
+                "DELETE FROM plan WHERE study = ? AND state = 'pending' "
+                "AND unit NOT IN (SELECT value FROM json_each(?))",
+                (study, json.dumps([unit.unit for unit in units])),
+            )
             connection.execute(
                 "INSERT OR REPLACE INTO study VALUES (?, ?)", (study, json.dumps(facts, sort_keys=True))
             )
@@ -202,6 +208,14 @@ class StudyDatabase(Database):
             row[0]
             for row in self._connection.execute("SELECT unit FROM plan WHERE state IN ('done', 'failed')")
         }
+
+    def finished_beside(self, study: str, units: Iterable[str]) -> int:
+        """How many finished units of a study are none of ``units``."""
+        query = (
+            "SELECT COUNT(*) FROM plan WHERE study = ? AND state IN ('done', 'failed') "
+            "AND unit NOT IN (SELECT value FROM json_each(?))"
+        )
+        return int(self._connection.execute(query, (study, json.dumps(list(units)))).fetchone()[0])
 
     def unfinished_labels(self, studies: Sequence[str]) -> Counter[str]:
         """Pending and claimed units by the label of their solver."""

@@ -26,7 +26,7 @@ from ..records.study import LayerBoundRecord, ModelRecord, RowRecord, TraceRecor
 from ..solvers import Budget, Group, Outcome, Solution, Solver, solve
 from ..solvers.registry import parse_solver
 from .layer_bounds import BoundedLayers
-from .problems import BuiltProblem, build_problem, resolve_model, resolve_text
+from .problems import TEXTS, BuiltProblem, build_problem, require_contents, resolve_model, resolve_text
 from .schema import SolverChoice
 
 Blank = TypeVar("Blank", UnitRecord, ModelRecord)
@@ -215,6 +215,7 @@ def _execute_model(unit: str, study: str, spec: Mapping[str, Any]) -> UnitResult
     folder = Path(spec["folder"])
     choice = SolverChoice(**spec["solver"])
     watch = BoundedLayers(unit, spec["bound"], spec["bound_seconds"] or None) if spec.get("bound") else None
+    require_contents(spec["contents"], spec["model"], folder)
     named = {name: spec["settings"][name] for name in TEXTS}
     given = {name: resolve_text(text, folder) for name, text in named.items() if text}
     begin = time.perf_counter()
@@ -228,10 +229,6 @@ def _execute_model(unit: str, study: str, spec: Mapping[str, Any]) -> UnitResult
     seconds = time.perf_counter() - begin - sum(found.seconds for found in bounds)
     record = _model_record(unit, study, spec, choice, report, seconds)
     return UnitResult(model=record, layers=report.layers, bounds=bounds)
-
-
-# Options that name texts, which records keep without their folders.
-TEXTS = ("calibration", "evaluation")
 
 
 def _stored_settings(plain: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..models.contents import file_hash
 from ..pruning.pipeline import with_stated_drifts
 from ..pruning.settings import Mode, PruneSettings
 from ..records.study import PlannedUnit
-from .problems import layers_of, resolve_files
+from .problems import TEXTS, contents_of, layers_of, resolve_files
 from .schema import ModelSet, ProblemSet, SolverChoice, Study
 
 # A unit that says nothing about time is expected to take this long, in seconds.
@@ -34,13 +35,13 @@ class CostEstimate:
         units: work units that are not finished.
         seconds: expected, on ``jobs`` processes: means of finished units of the same solver where
             there are some, else budgets.
-        most: if every unit takes as long as it may.
+        most: if every unit takes as long as it may; None where one has no limit of its own.
         measured: units whose expectation comes from finished ones.
     """
 
     units: int
     seconds: float
-    most: float
+    most: float | None
     measured: int
 
 
@@ -124,12 +125,19 @@ def _problem_specs(study: Study, problems: ProblemSet) -> list[dict[str, Any]]:
     if problems.kind == "files":
         files = resolve_files(problems.source.split("\n"), study.folder)
         return [
-            {**base, "name": problems.name or Path(file).stem, "source": file, "cols": cols}
+            {
+                **base,
+                "name": problems.name or Path(file).stem,
+                "source": file,
+                "contents": {file: file_hash(study.folder / file)},
+                "cols": cols,
+            }
             for file in files
             for cols in widths
         ]
     specs = []
     layers = layers_of(problems.source, study.folder, problems.include, problems.exclude)
+    contents = contents_of(problems.source, (problems.calibration, problems.held_out), study.folder)
     for samples, layer, cols in itertools.product(problems.samples, layers, widths):
         if cols > layer.cols:
             continue
@@ -137,6 +145,7 @@ def _problem_specs(study: Study, problems: ProblemSet) -> list[dict[str, Any]]:
             {
                 **base,
                 "source": problems.source,
+                "contents": contents,
                 "calibration": problems.calibration,
                 "held_out": problems.held_out,
                 "samples": samples,
@@ -152,6 +161,7 @@ def _problem_specs(study: Study, problems: ProblemSet) -> list[dict[str, Any]]:
 def _model_specs(study: Study, models: ModelSet) -> Iterable[dict[str, Any]]:
     patterns = models.patterns or study.patterns
     choices = _chosen(study, models.solvers)
+    known: dict[tuple[str, ...], dict[str, str | None]] = {}
     combinations = itertools.product(study.seeds, patterns, *models.options.values(), choices)
     for seed, pattern, *tried, choice in combinations:
         start = {"start": choice.start} if choice.start else {}
@@ -166,9 +176,13 @@ def _model_specs(study: Study, models: ModelSet) -> Iterable[dict[str, Any]]:
         if run.mode is Mode.ONE_SHOT and run.objective.needs_dense_stream:
             continue
         bound = {"bound": models.bound, "bound_seconds": models.bound_seconds} if models.bound else {}
+        texts = tuple(settings.get(name) or "" for name in TEXTS)
+        if texts not in known:
+            known[texts] = contents_of(models.model, texts, study.folder)
         yield {
             "kind": "model",
             "model": models.model,
+            "contents": known[texts],
             "name": models.name,
             "settings": settings,
             "machine": dict(models.machine),
@@ -187,6 +201,7 @@ def estimate_cost(
         mean_seconds: of finished units by label.
         jobs: processes.
     """
+    units = list(units)
     count, seconds, most, measured = 0, 0.0, 0.0, 0
     for unit in units:
         count += 1
@@ -198,7 +213,8 @@ def estimate_cost(
             seconds += unit.spec["seconds"]
         else:
             seconds += GUESS_MODEL if unit.spec["kind"] == "model" else GUESS_LAYER
-    return CostEstimate(count, seconds / jobs, most / jobs, measured)
+    limited = all(unit.limit != NO_LIMIT for unit in units)
+    return CostEstimate(count, seconds / jobs, most / jobs if limited else None, measured)
 
 
 def plan_summary(units: Iterable[PlannedUnit]) -> list[tuple[str, str, int]]:

@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..calibration.texts import text_hash
 from ..calibration.windows import Windows, calibration_windows, for_model, window_length
 from ..errors import InputError, InvalidFileError
 from ..evaluation.beginning import AddBos, begun_windows
 from ..evaluation.measures import is_causal
 from ..models.blocks import find_blocks
+from ..models.contents import model_hash
 from ..models.loading import LoadedModel, load_model
 from ..problems import Gram, LayerProblem, Pattern, load_instance, save_instance, synthetic_layer
 from ..pruning.pipeline import layer_problems
@@ -33,6 +35,8 @@ from ..pruning.pipeline import layer_problems
 ALIGN = 16
 # Windows of the held-out text, the same for every size of the calibration set.
 HELD_OUT_SAMPLES = 64
+# Options of whole models that name texts, which records keep without their folders.
+TEXTS = ("calibration", "evaluation")
 DEMO_MODEL = Path(__file__).parent.parent / "data" / "demo-model"
 
 
@@ -118,8 +122,38 @@ def resolve_files(patterns: Sequence[str], folder: Path) -> list[str]:
     return found
 
 
-@lru_cache(maxsize=2)
+def contents_of(model: str, texts: Iterable[str], folder: Path) -> dict[str, str | None]:
+    """Hashes of what a model and texts are now, by their names in a study; None for a dataset elsewhere.
+
+    Raises:
+        InputError: if one does not exist.
+    """
+    found: dict[str, str | None] = {f"model {model}": model_hash(resolve_model(model, folder))}
+    return found | {f"text {text}": text_hash(resolve_text(text, folder)) for text in texts if text}
+
+
+def require_contents(contents: Mapping[str, str | None], model: str, folder: Path) -> None:
+    """Refuse a model or a text that was changed since the study was planned.
+
+    Raises:
+        InputError: naming it.
+    """
+    texts = [name.removeprefix("text ") for name in contents if name.startswith("text ")]
+    now = contents_of(model, texts, folder)
+    for name, planned in contents.items():
+        if now.get(name) != planned:
+            raise InputError(
+                f"{name}: expected its contents of when the study was planned, found others; start the study "
+                "again"
+            )
+
+
 def _loaded(model: str) -> LoadedModel:
+    return _loaded_once(model, model_hash(model))
+
+
+@lru_cache(maxsize=2)
+def _loaded_once(model: str, _contents: str) -> LoadedModel:
     return load_model(model, torch.device("cpu"))
 
 
@@ -141,10 +175,13 @@ def layers_of(
 
 
 def extraction_id(problem: Mapping[str, Any], seed: int, held_out: bool) -> str:
-    """Which extraction a layer of a model comes from: model, text and windows."""
+    """Which extraction a layer of a model comes from: model, text and windows, names and contents."""
     text = problem["held_out"] if held_out else problem["calibration"]
     samples, seed = (HELD_OUT_SAMPLES, 0) if held_out else (problem["samples"], seed)
-    key = [problem["source"], text, samples, problem["length"], problem["add_bos"], seed]
+    # how windows begin is decided on the calibration text
+    names = (f"model {problem['source']}", f"text {problem['calibration']}", f"text {text}")
+    contents = [problem["contents"].get(name) for name in names]
+    key = [problem["source"], text, samples, problem["length"], problem["add_bos"], seed, contents]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
 
 
@@ -167,6 +204,7 @@ def extract(problem: Mapping[str, Any], seed: int, folder: Path, cache: Path) ->
         target = cache / extraction_id(problem, seed, held_out)
         if not text or (target / "complete").exists():
             continue
+        require_contents(problem["contents"], problem["source"], folder)
         loaded = _loaded(resolve_model(problem["source"], folder))
         windows = _windows(loaded, problem, seed, folder, held_out)
         blocks = find_blocks(loaded.model)

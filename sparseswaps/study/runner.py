@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -133,10 +134,17 @@ def run_study(
             "name": study.name, "title": study.title, "description": study.description,
             "units": len(units), "memory_mb": study.memory_mb,
         }  # fmt: skip
-        record.add_plan(study.name, facts, units)
         record.release_lost()
         if retry_failed:
             record.retry_failed([study.name])
+        record.add_plan(study.name, facts, units)
+        former = record.finished_beside(study.name, [unit.unit for unit in units])
+        if former:
+            warnings.warn(
+                f"record {path}: {former} finished units are those of the study before its file, models or "
+                "texts were changed; reports show them too, a new record would not",
+                stacklevel=2,
+            )
         # workers elsewhere do not share this process's current folder
         cache = path.resolve().with_name(path.name + CACHE_SUFFIX)
         job = _Run(study, units, record, cache, pool, progress)

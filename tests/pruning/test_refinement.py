@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
+import transformers as tf
 
 import sparseswaps as ss
 from sparseswaps.calibration.activations import Stream
 from sparseswaps.calibration.dense_outputs import DenseOutputs
 from sparseswaps.calibration.gradients import gradient_moments
 from sparseswaps.masks.file import apply_masks, load_masks, verify_model
+from sparseswaps.masks.saving import RECORD_FILE
 from sparseswaps.models.blocks import find_blocks
 from sparseswaps.models.loading import load_model
 from sparseswaps.pruning.pipeline import prune_layers
@@ -216,3 +219,39 @@ def test_updated_weights_survive_an_interruption(tmp_path: Path) -> None:
         models = [load_model(tmp_path / name / kind, "cpu", "checkpoint").model for kind in ("whole", "cut")]
         for one, other in zip(*(model.parameters() for model in models), strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("options", [{}, {"update": "admm"}, {"pattern": "2:4", "solver": "wanda"}])
+def test_recorded_errors_are_those_of_the_refined_model(options: dict[str, str], tmp_path: Path) -> None:
+    dense_folder = tiny_models.save("llama", tmp_path / "dense")
+    tokens, held_out = tiny_models.tokens(256).view(8, 32), tiny_models.tokens(128, seed=1).view(4, 32)
+    for name, windows in (("calibration", tokens), ("evaluation", held_out)):
+        np.save(tmp_path / f"{name}.npy", windows.numpy())
+    texts = {name: tmp_path / f"{name}.npy" for name in ("calibration", "evaluation")}
+    common = {**texts, "samples": 8, "length": 32, **options}
+    report = prune(dense_folder, out=tmp_path / "out", refine=2, **common)
+    unrefined = {layer.name: layer for layer in prune(dense_folder, **common).layers}
+    assert report.refinement_swaps > 0
+    added = sum(layer.swaps - unrefined[layer.name].swaps for layer in report.layers)
+    if "update" not in options:
+        assert added == report.refinement_swaps
+    models = [
+        tf.AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (dense_folder, tmp_path / "out")
+    ]
+    dense, pruned = (dict(model.named_modules()) for model in models)
+    for layer in report.layers:
+        for windows, recorded in ((tokens, layer.error), (held_out, layer.held_out_error)):
+            seen: list[torch.Tensor] = []
+            hook = pruned[layer.name].register_forward_pre_hook(
+                lambda _, args, seen=seen: seen.append(args[0].double().flatten(0, 1))
+            )
+            with torch.no_grad():
+                models[1](windows)
+            hook.remove()
+            weight, kept = (each[layer.name].weight.detach().double() for each in (dense, pruned))
+            expected = ((seen[0] @ (weight - kept).T) ** 2).sum() / ((seen[0] @ weight.T) ** 2).sum()
+            # activations in single precision, computed in other batches
+            assert recorded == pytest.approx(float(expected), rel=1e-4)
+        assert layer.objective == layer.error
+    with RunDatabase(tmp_path / "out" / RECORD_FILE) as record:
+        assert {each.name: each for each in record.layers()} == {each.name: each for each in report.layers}
