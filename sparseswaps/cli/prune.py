@@ -135,6 +135,9 @@ def _summary(report: PruneReport) -> object:
         ("sparsity", f"{report.sparsity:.4%} of {len(report.layers)} layers, {report.settings.mode}"),
         ("layer error", f"{report.error_start:.5f} → {report.error:.5f} (mean over layers, start → result)"),
     ]
+    if report.left_dense:
+        others = ", ".join(f"{count} {reason}" for reason, count in report.left_dense.items())
+        rows.append(("left dense", f"{others}; the record names them"))
     length = report.settings.length
     windows = f"{report.evaluation_windows} " + (f"windows of {length} tokens" if length else "samples")
     if report.settings.add_bos is AddBos.YES:

@@ -140,6 +140,39 @@ def find_blocks(
     return blocks
 
 
+def passed_over(
+    blocks: Sequence[Block], include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> dict[str, str]:
+    """Matrices in blocks that are no layers of them, by name, and why: they stay dense.
+
+    Args:
+        blocks: from ``find_blocks``.
+        include: as it was given there.
+        exclude: as it was given there.
+    """
+    pruned = {layer.name for block in blocks for layer in block.layers}
+    found: dict[str, str] = {}
+    for block in blocks:
+        layers = list(_layers_of(block.module, block.name, 0))
+        routers = routers_in(block.module, block.name)
+        for layer in layers:
+            if layer.name in pruned:
+                continue
+            if layer.name in routers:
+                found[layer.name] = "router"
+            elif any(fnmatch.fnmatchcase(layer.name, p) for p in exclude):
+                found[layer.name] = "excluded"
+            elif include and not any(fnmatch.fnmatchcase(layer.name, p) for p in include):
+                found[layer.name] = "not included"
+            else:
+                found[layer.name] = "tied to another layer"
+        known = {id(getattr(layer.module, layer.parameter)) for layer in layers}
+        for name, parameter in block.module.named_parameters(prefix=block.name):
+            if parameter.ndim > 1 and id(parameter) not in known:
+                found[name] = "not a linear layer"
+    return found
+
+
 def stacks_of(model: nn.Module) -> list[tuple[str, Sequence[nn.Module]]]:
     """Outermost lists of blocks that hold linear layers; the whole model as one block if none.
 

@@ -25,6 +25,7 @@ class PruneReport:
             model's output that they are made of (see ``models.outputs``).
         layers: one record per layer, those left dense included, which the means leave out; where kept weights
             were updated they are from that pass.
+        left_dense: how many other matrices of the blocks stay dense, by reason; the record names them.
         error_start, error, held_out_error: means over layers of the relative layer errors of the warm
             start and of the result, on calibration and on held-out text (see ``LayerRecord``).
         sparsity: pruned share of the prunable weights.
@@ -47,6 +48,7 @@ class PruneReport:
     cosine: float | None
     compared: str | None
     layers: tuple[LayerRecord, ...]
+    left_dense: Mapping[str, int]
     error_start: float
     error: float
     held_out_error: float | None
@@ -64,4 +66,5 @@ class PruneReport:
         found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "settings"}
         found["layers"] = [asdict(layer) for layer in self.layers]
         found["versions"] = dict(self.versions)
+        found["left_dense"] = dict(self.left_dense)
         return {**self.settings.plain(), **found}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from ..masks.saving import (
     run_record,
     save_run,
 )
-from ..models.blocks import Block
+from ..models.blocks import Block, passed_over
 from ..models.contents import model_hash
 from ..models.loading import LoadedModel, resolve_device
 from ..problems.pattern import Pattern, pattern_of
@@ -114,7 +115,9 @@ def _run(
     inputs: Inputs, dense: Mapping[str, Tensor], context: RunContext, folder: Path | None, begin: float
 ) -> PruneReport:
     """Measure, prune, measure again, save; the first rank's report on every rank."""
-    ranks, record, refined = context.ranks, context.record, bool(inputs.settings.refine)
+    ranks, record, settings = context.ranks, context.record, inputs.settings
+    refined = bool(settings.refine)
+    record.set({"left_dense": passed_over(inputs.blocks, settings.include, settings.exclude)})
     before = _quality(inputs, "dense", context)
     found = _prune(inputs, dense, context)
     after = _Quality()
@@ -131,7 +134,7 @@ def _run(
         layers = [layer for block in _without_dense(inputs.blocks, record) for layer in block.layers]
         texts = {
             CARD_FILE: model_card(report_now(), inputs.model.origin),
-            SETTINGS_FILE: str(inputs.settings),
+            SETTINGS_FILE: str(settings),
         }
         save_run(folder, inputs.model, layers, found.masks, found.patterns, dense, record, texts)
     report = report_now()
@@ -301,6 +304,7 @@ def _report(
         cosine=after.cosine_to(before),
         compared=after.compared,
         layers=finished,
+        left_dense=Counter(record.facts()["left_dense"].values()),
         error_start=sum(layer.error_start for layer in pruned) / len(pruned),
         error=sum(layer.error for layer in pruned) / len(pruned),
         held_out_error=known_mean([layer.held_out_error for layer in finished]),

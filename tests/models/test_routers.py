@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -13,8 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import sparseswaps as ss
-from sparseswaps.models.blocks import find_blocks
+from sparseswaps.masks.output import RECORD_FILE
+from sparseswaps.models.blocks import find_blocks, passed_over
 from sparseswaps.pruning.pipeline import prune_layers
+from sparseswaps.records.run_database import RunDatabase
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24,
@@ -180,3 +183,34 @@ CONTRACTED = {
         "self_attention.experts.output_linear.weight": 2,
     },
 }
+
+
+def test_what_stays_dense_is_known_with_the_reason(tmp_path: Any) -> None:
+    model = MIXTURES["phimoe"]()
+    model.model.layers[0].odd = nn.Parameter(torch.zeros(3, 4))
+    model.save_pretrained(tmp_path / "dense")
+    blocks = find_blocks(model, exclude=("*k_proj",))
+    found = passed_over(blocks, exclude=("*k_proj",))
+    pruned = {layer.name for block in blocks for layer in block.layers}
+    assert found.keys().isdisjoint(pruned)
+    assert found["model.layers.0.odd"] == "not a linear layer"
+    routers = {name for name, reason in found.items() if reason == "router"}
+    assert {name.rsplit(".", 1)[1] for name in routers} == {"router"}
+    assert {name for name, reason in found.items() if reason == "excluded"} == {
+        f"model.layers.{block}.self_attn.k_proj" for block in range(2)
+    }
+    narrow = passed_over(find_blocks(model, include=("*q_proj",)), include=("*q_proj",))
+    assert narrow["model.layers.0.self_attn.k_proj"] == "not included"
+
+
+def test_a_run_counts_and_records_what_stays_dense(tmp_path: Any) -> None:
+    MIXTURES["phimoe"]().save_pretrained(tmp_path / "dense")
+    np.save(tmp_path / "tokens.npy", tiny_models.tokens(2000).numpy())
+    report = ss.prune(
+        tmp_path / "dense", calibration=tmp_path / "tokens.npy", samples=60, length=16, solver="wanda",
+        exclude=("*k_proj",), unreached="magnitude", out=tmp_path / "out",
+    )  # fmt: skip
+    assert report.left_dense == {"excluded": 2, "router": 2}
+    with RunDatabase(tmp_path / "out" / RECORD_FILE) as record:
+        found = record.facts()["left_dense"]
+    assert sorted(found.values()) == ["excluded", "excluded", "router", "router"]
