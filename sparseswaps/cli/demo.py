@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .options import check_output
 from .output import console, progress_bars, quiet_libraries
 
 
@@ -25,6 +26,7 @@ def demo(
     """
     from ..demo import run_demo
 
+    check_output(out)
     quiet_libraries()
     with progress_bars() as bars:
         table, page = run_demo(out, bars)
