@@ -1,6 +1,6 @@
 """Commands, and how a failed one ends: one sentence on standard error and a non-zero exit code.
 
-So does one that fails in a way that nobody has foreseen, whose traceback is in a file that the sentence names.
+So does one that fails in a way that nobody has foreseen: its traceback is in a file that the sentence names.
 
 A command's module, and with it torch and transformers, is imported when the command is called: ``--help``
 and a mistyped command answer at once.
@@ -9,6 +9,7 @@ and a mistyped command answer at once.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import sys
@@ -90,6 +91,7 @@ class LazyGroup(TyperGroup):
         return (name, command if name is None else load(name), rest)
 
 
+@functools.cache
 def load(name: str) -> Any:
     """The command ``name``, imported."""
     module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
@@ -152,10 +154,8 @@ def _unexpected(error: Exception) -> str:
     """The sentence for what nobody has foreseen; the traceback goes to a file."""
     if is_full(error):
         place = getattr(error, "filename", None)
-        return f"disk{f' of {place}' if place else ''}: expected room on it, found it full".replace(
-            "[", r"\["
-        )
-    what = f"{type(error).__name__}: {found_of(error)}"[:300].replace("[", r"\[")
+        return _plain(f"disk{f' of {place}' if place else ''}: expected room on it, found it full")
+    what = _plain(f"{type(error).__name__}: {found_of(error)}"[:300])
     try:
         number, name = tempfile.mkstemp(prefix="sparseswaps-", suffix=".log")
         with os.fdopen(number, "w", encoding="utf-8") as log:
@@ -172,6 +172,6 @@ def _say(text: str) -> None:
     error_console.print(text, highlight=False, soft_wrap=True)
 
 
-def _plain(error: Exception) -> str:
-    """The message with square brackets kept from being read as markup."""
+def _plain(error: Exception | str) -> str:
+    """The message on one line, with square brackets kept from being read as markup."""
     return " ".join(str(error).split()).replace("[", r"\[")

@@ -79,7 +79,7 @@ def resolve_device(device: str) -> torch.device:
             raise InvalidModelError(f"device {device}: expected a CUDA device, found none on this machine")
         if (resolved.index or 0) >= count:
             raise InvalidModelError(
-                f"device {device}: expected a number below {count}, the CUDA devices here"
+                f"device {device}: expected one of {count} CUDA devices, found none of it"
             )
     return resolved
 

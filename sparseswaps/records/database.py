@@ -37,6 +37,14 @@ class Connection(sqlite3.Connection):
         """A cursor that does the same."""
         return super().cursor(factory or _Cursor)
 
+    def execute(self, *arguments: Any) -> Any:
+        """A statement on a cursor of its own."""
+        return self.cursor().execute(*arguments)
+
+    def executemany(self, *arguments: Any) -> Any:
+        """A statement for many values on a cursor of its own."""
+        return self.cursor().executemany(*arguments)
+
 
 class _Cursor(sqlite3.Cursor):
     def execute(self, *arguments: Any) -> Any:
@@ -138,7 +146,8 @@ class Database(ABC):
     def _row(self, kind: type[Row], values: Sequence[Any]) -> Row:
         """One record from the values of its columns, each of the type of its field."""
         checked = []
-        for (name, accepted, plain), value in zip(column_types(kind), values, strict=True):
+        record: Any = kind
+        for (name, accepted, plain), value in zip(column_types(record), values, strict=True):
             if value is None and plain is float and NoneType not in accepted:
                 value = math.nan  # which SQLite stores as nothing
             elif type(value) not in accepted:

@@ -330,7 +330,8 @@ def check_rows(rows: StudyRows, where: str) -> StudyRows:
             raise InvalidFileError(
                 f"{where}: expected a study with a name and a number of units, found {str(study)[:60]}"
             )
-    for record in (*rows.units, *rows.models):
+    everything: list[UnitRecord | ModelRecord] = [*rows.units, *rows.models]
+    for record in everything:
         for column, kind in _JSON_COLUMNS.items():
             text = getattr(record, column, "")
             if isinstance(text, str) and text and not isinstance(_value(text), kind):

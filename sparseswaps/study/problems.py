@@ -118,7 +118,7 @@ def resolve_files(patterns: Sequence[str], folder: Path) -> list[str]:
             ValueError,
             IndexError,
             NotImplementedError,
-        ) as error:  # what glob says of its pattern
+        ) as error:
             raise InputError(
                 f"instance files {pattern!r} in {folder}: expected a shell pattern, found {error}"
             ) from error
