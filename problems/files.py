@@ -11,11 +11,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from ..errors import InvalidFileError
+from ..errors import InputError, InvalidFileError, file_errors, found_of
 from .gram import Gram
 from .layer import Drift, LayerProblem
 from .pattern import pattern_of
@@ -33,10 +35,13 @@ def as_metadata(header: Mapping[str, str]) -> dict[str, str]:
 def from_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     """The facts in a file's metadata; in files of earlier versions each has a key of its own."""
     found = dict(metadata or {})
+    if _HEADER not in found:
+        return found
     try:
-        return json.loads(found[_HEADER]) if _HEADER in found else found
+        header = json.loads(found[_HEADER])
     except ValueError:
         return {}
+    return header if isinstance(header, dict) else {}
 
 
 def save_instance(
@@ -48,6 +53,9 @@ def save_instance(
         problem: what to save.
         path: target, usually ``*.safetensors``.
         provenance: where the layer comes from (model, calibration, versions), kept as JSON.
+
+    Raises:
+        InvalidFileError: if it cannot be written.
     """
     target = Path(path)
     tensors = {"weight": problem.weight.cpu().contiguous(), "gram": problem.gram.matrix.cpu().contiguous()}
@@ -73,13 +81,14 @@ def save_instance(
         "tokens": str(problem.gram.tokens),
         "provenance": json.dumps(dict(provenance or {}), sort_keys=True),
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
-    try:
-        save_file(tensors, partial, as_metadata(metadata))
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with file_errors(f"instance file {target}"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, partial, as_metadata(metadata))
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def load_instance(path: str | os.PathLike[str]) -> LayerProblem:
@@ -101,26 +110,69 @@ def load_instance_with_provenance(path: str | os.PathLike[str]) -> tuple[LayerPr
     source = Path(path)
     if not source.is_file():
         raise InvalidFileError(f"instance file {source}: expected an existing file, found none")
-    try:
-        with safe_open(source, framework="pt") as file:
-            metadata = from_metadata(file.metadata())
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
-    except (SafetensorError, OSError) as error:
-        raise InvalidFileError(f"instance file {source}: expected safetensors, found {error}") from error
-    if metadata.get("format") != FORMAT or not {"weight", "gram"} <= tensors.keys():
+    with file_errors(f"instance file {source}", "safetensors"), safe_open(source, framework="pt") as file:
+        metadata = from_metadata(file.metadata())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
+    if metadata.get("format") != FORMAT:
         raise InvalidFileError(
             f"instance file {source}: expected format {FORMAT}, found {metadata.get('format', 'none')}"
         )
+    if not {"weight", "gram"} <= tensors.keys():
+        raise InvalidFileError(
+            f"instance file {source}: expected tensors weight and gram, found "
+            f"{', '.join(sorted(tensors)) or 'none'}"
+        )
+    try:
+        return _problem(tensors, metadata), _object(metadata, "provenance")
+    except InputError as error:
+        raise InvalidFileError(f"instance file {source}: {error}") from error
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        OverflowError,
+    ) as error:  # torch on dtypes it does not compute in
+        raise InvalidFileError(
+            f"instance file {source}: expected a layer problem, found {found_of(error)[:120]}"
+        ) from error
+
+
+def _problem(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> LayerProblem:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise InvalidFileError(f"tensor {name}: expected floats, found {tensor.dtype}")
     drift = None
     if "drift_linear" in tensors:
+        if "drift_constant" not in tensors:
+            raise InvalidFileError("drift: expected drift_linear and drift_constant, found the former alone")
         drift = Drift(tensors["drift_linear"], tensors["drift_constant"], tensors.get("drift_covariance"))
-    pattern = json.loads(metadata["pattern"])
-    problem = LayerProblem(
+    fields = _object(metadata, "pattern")
+    if set(fields) != {"keep", "block", "scope"}:
+        raise InvalidFileError(
+            f"metadata pattern: expected keep, block and scope, found {', '.join(map(str, fields)) or 'none'}"
+        )
+    tokens = metadata.get("tokens", "")
+    if not tokens.isascii() or not tokens.isdigit():
+        raise InvalidFileError(f"metadata tokens: expected a number of tokens, found {tokens[:60]!r}")
+    if "name" not in metadata:
+        raise InvalidFileError("metadata name: expected the name of the layer, found none")
+    return LayerProblem(
         tensors["weight"],
-        Gram(tensors["gram"], int(metadata["tokens"]), tensors.get("mean")),
-        pattern_of(**pattern),
+        Gram(tensors["gram"], int(tokens), tensors.get("mean")),
+        pattern_of(**fields),
         drift,
         tensors.get("metric"),
         metadata["name"],
     )
-    return problem, json.loads(metadata["provenance"])
+
+
+def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """The JSON object in one entry of the metadata."""
+    text = metadata.get(key, "")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise InvalidFileError(f"metadata {key}: expected an object of JSON, found {text[:60]!r}")
+    return found

@@ -313,7 +313,10 @@ def pattern_of(keep: int, block: int, scope: str) -> Pattern:
         InvalidPatternError: if there is no such coupling or the fields do not fit it.
     """
     kinds = {kind.couples.value: kind for kind in (SparsityPattern, LayerBudget)}
-    if scope not in kinds:
+    for name, value in (("keep", keep), ("block", block)):
+        if type(value) is not int:
+            raise InvalidPatternError(f"{name} of a pattern: expected a whole number, found {value!r}")
+    if not isinstance(scope, str) or scope not in kinds:
         raise InvalidPatternError(f"scope of a pattern: expected {' or '.join(kinds)}, found {scope!r}")
     return kinds[scope](keep, block)
 

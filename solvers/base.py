@@ -43,9 +43,14 @@ class Group(StrEnum):
 
 
 class Status(StrEnum):
-    """Why a solver stopped, nothing else; optimality is a gap that was computed."""
+    """Why a solver stopped; how good its mask is is a gap that was computed.
+
+    An exact solver has finished a row where the computed gap is at most its gap limit; a proof that rounding
+    or a library's tolerances leave above that has reached its limit of precision.
+    """
 
     FINISHED = "finished"
+    PRECISION_LIMIT = "precision_limit"
     LOCAL_OPTIMUM = "local_optimum"
     ITERATION_LIMIT = "iteration_limit"
     TIME_LIMIT = "time_limit"

@@ -117,7 +117,12 @@ def _parse_one(text: str) -> Solver:
                 f"{', '.join(sorted(known)) or 'none'}, found {part!r}"
             )
         options[key] = _value(name, key, value.strip(), hints[key])
-    return kind(**options)
+    try:
+        return kind(**options)
+    except InputError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"options of solver {name}: expected usable values, found {error}") from error
 
 
 def _value(solver: str, option: str, text: str, hint: object) -> object:
@@ -130,9 +135,12 @@ def _value(solver: str, option: str, text: str, hint: object) -> object:
             return text.lower() == "true"
         if member in (int, float):
             try:
-                return member(text)
+                value = member(text)
             except ValueError:
                 continue
+            if value != value or (member is int and abs(value) >= 2**63):  # no number, or none of 64 bits
+                continue
+            return value
         if member is str:
             return text
         if typing.get_origin(member) is typing.Literal and text in typing.get_args(member):

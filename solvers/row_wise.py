@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..problems.layer import LayerProblem
 from ..problems.row_program import BoolArray, RowProgram, row_program
-from .base import Budget, Group, Outcome, Solver, Status, TracePoint
+from .base import Budget, Group, Outcome, Solver, Status, TracePoint, relative_gap
 from .scores import warm_start
 
 
@@ -53,7 +53,8 @@ class RowSolver(Solver):
     Args:
         time_limit: seconds per row, None for no limit.
         node_limit: nodes per row, None for no limit.
-        gap_limit: relative gap at which a row counts as finished.
+        gap_limit: relative gap at which a row counts as finished. Proofs that tolerances or rounding leave
+            above it end as ``precision_limit``.
         jobs: processes that share the rows.
     """
 
@@ -87,16 +88,24 @@ class RowSolver(Solver):
 
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
         """Solve row by row."""
-        return solve_rows(problem, init, budget, self._limited, self.jobs)
+        return solve_rows(problem, init, budget, self._limited, self.jobs, self.gap_limit)
 
     def _limited(self, program: RowProgram, start: BoolArray, deadline: float) -> RowResult:
+        for point in (start, program.cheapest(program.quadratic.diagonal() + 2 * program.linear)):
+            if program.objective(point) <= 0:  # nothing costs less than nothing, so nobody need be asked
+                return RowResult(point, 0.0, Status.FINISHED, {"nodes": 0.0})
         if self.time_limit is not None:
             deadline = min(deadline, time.monotonic() + self.time_limit)
         return self.solve_row(program, start, deadline)
 
 
 def solve_rows(
-    problem: LayerProblem, init: Tensor | None, budget: Budget, solve_row: SolveRow, jobs: int = 1
+    problem: LayerProblem,
+    init: Tensor | None,
+    budget: Budget,
+    solve_row: SolveRow,
+    jobs: int = 1,
+    gap_limit: float | None = None,
 ) -> Outcome:
     """Solve every row of ``problem`` from ``init`` or Wanda's mask.
 
@@ -109,6 +118,7 @@ def solve_rows(
         budget: its seconds are shared by all rows.
         solve_row: the method; must be picklable if ``jobs`` is above 1.
         jobs: processes; with 1 the rows run in this one.
+        gap_limit: of an exact method, whose rows have finished where the computed gap is no larger.
     """
     check_jobs(jobs)
     deadline = budget.deadline()
@@ -130,6 +140,9 @@ def solve_rows(
             objectives[row] = _one_row(problem, row, chosen)
             bounds[row] = min(max(result.bound, 0.0), float(objectives[row]))
             statuses[row] = result.status
+            if gap_limit is not None and result.status is Status.FINISHED:
+                found = relative_gap(objectives[row], bounds[row])
+                statuses[row] = Status.FINISHED if float(found) <= gap_limit else Status.PRECISION_LIMIT
             for name, value in result.stats.items():
                 stats.setdefault(name, torch.zeros(problem.rows, dtype=torch.float64))[row] = value
             done += 1
@@ -150,6 +163,7 @@ def overall(statuses: Iterable[Status]) -> Status:
         Status.TIME_LIMIT,
         Status.NODE_LIMIT,
         Status.ITERATION_LIMIT,
+        Status.PRECISION_LIMIT,
         Status.LOCAL_OPTIMUM,
     ):
         if status in found:

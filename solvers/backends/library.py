@@ -8,7 +8,12 @@ never above the cost of what thinning excluded.
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +21,8 @@ import numpy as np
 
 from ...problems.row_program import BoolArray, RowProgram
 from ..base import Status
-from ..bounds.presolve import thinned
+from ..bounds.convex_split import EPSILON, ROUNDING_FACTOR
+from ..bounds.presolve import descended, thinned
 from ..row_wise import RowResult, RowSolver, better
 from .factored import settled
 
@@ -53,14 +59,62 @@ class LibrarySolver(RowSolver):
 
     def solve_row(self, program: RowProgram, start: BoolArray, deadline: float) -> RowResult:
         """Thin out the row, ask the library, and check what it says."""
+        point = descended(program, start)
+        if program.objective(point) <= ROUNDING_FACTOR * EPSILON * program.size * program.magnitude:
+            # 0 up to rounding, which no tolerance of a library resolves
+            return RowResult(better(program, point, start), 0.0, Status.FINISHED, {"nodes": 0.0})
         reduced, inner, threshold = thinned(program, start)
         scaled = reduced.program
         if scaled.size == 0:
             return settled(program, reduced, start, threshold)
-        claim = self.claim(scaled, inner, deadline)
+        with off_standard_output():
+            claim = self.claim(scaled, inner, deadline)
         return RowResult(
             better(program, reduced.expand(claim.point), start),
             float(np.nextafter(max(0.0, min(claim.lower, threshold)) * scaled.unit, 0.0)),
             claim.status,
             {"nodes": claim.nodes},
         )
+
+
+class _StandardOutput:
+    """Standard output of the process, turned to standard error while anybody wants that."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wanted = 0
+        self._kept = -1
+
+    def turn(self) -> None:
+        """Turn it, if nobody has."""
+        with self._lock:
+            if self._wanted == 0:
+                sys.stdout.flush()
+                self._kept = os.dup(1)
+                os.dup2(2, 1)
+            self._wanted += 1
+
+    def turn_back(self) -> None:
+        """Turn it back, if nobody else wants it turned."""
+        with self._lock:
+            self._wanted -= 1
+            if self._wanted == 0:
+                os.dup2(self._kept, 1)
+                os.close(self._kept)
+
+
+_STANDARD_OUTPUT = _StandardOutput()
+
+
+@contextmanager
+def off_standard_output() -> Iterator[None]:
+    """What a library writes to standard output past Python, as HiGHS its licence, goes to standard error."""
+    try:
+        _STANDARD_OUTPUT.turn()
+    except OSError:  # a process without standard output or error
+        yield
+        return
+    try:
+        yield
+    finally:
+        _STANDARD_OUTPUT.turn_back()

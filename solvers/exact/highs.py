@@ -41,6 +41,7 @@ STATUS_MAP = {
     "kIterationLimit": Status.ITERATION_LIMIT,
     "kMemoryLimit": Status.MEMORY_LIMIT,
     "kInterrupt": Status.INTERRUPTED,
+    "kUnknown": Status.PRECISION_LIMIT,
 }
 FORMULATIONS = ("outer_approximation", "mccormick")
 # Cuts of the linear relaxation before branching: until the tangents are this close, at most so many times.
@@ -165,7 +166,7 @@ class _Model:
             self._check(self.highs.setOptionValue("mip_max_nodes", nodes), "mip_max_nodes")
         if self.highs.run() == self.library.HighsStatus.kError:
             # numerical trouble inside HiGHS: what was proven before stands
-            return Status.INTERRUPTED
+            return Status.PRECISION_LIMIT
         name = str(self.highs.getModelStatus()).rsplit(".", 1)[-1]
         if name not in STATUS_MAP:
             raise InvalidOutcomeError(
@@ -234,7 +235,7 @@ def _outer_approximation(model: _Model, start: BoolArray) -> tuple[BoolArray, fl
         values = shape.factor @ best
         model.start_from(np.concatenate([best.astype(np.float64), values, np.square(values)]))
         status = model.run()
-        if status is not Status.INTERRUPTED:
+        if status not in (Status.INTERRUPTED, Status.PRECISION_LIMIT):
             lower = max(lower, safe_bound(model.dual_bound(), shape.allowance))
         values = model.values()
         point = None if values is None else rounded(program, values[:n])
@@ -276,7 +277,9 @@ def _mccormick(model: _Model, start: BoolArray) -> tuple[BoolArray, float, Statu
     products = [float(start[i] and start[j]) for i, j in pairs]
     model.start_from(np.concatenate([start.astype(np.float64), products]))
     status = model.run()
-    lower = safe_bound(model.dual_bound(), product_allowance(program))
+    lower = -np.inf
+    if status is not Status.PRECISION_LIMIT:
+        lower = safe_bound(model.dual_bound(), product_allowance(program))
     values = model.values()
     point = None if values is None else rounded(program, values[:n])
     return start if point is None else better(program, point, start), lower, status

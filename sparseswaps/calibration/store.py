@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..errors import InvalidFileError, found_of, is_full
+
 
 @dataclass
 class _Held:
@@ -87,7 +89,12 @@ class TensorStore:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._files += 1
         path = self._folder / str(self._files)
-        torch.save(tensor.contiguous().clone(), path)
+        try:
+            torch.save(tensor.contiguous().clone(), path)
+        except (OSError, RuntimeError) as error:  # torch says of a full disk that its position is unexpected
+            full = is_full(error) or shutil.disk_usage(self._folder).free < tensor.nbytes
+            found = "it full" if full else found_of(error)
+            raise InvalidFileError(f"activations in {self._folder}: expected room, found {found}") from error
         return _OnDisk(path)
 
 

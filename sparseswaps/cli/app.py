@@ -1,20 +1,27 @@
 """Commands, and how a failed one ends: one sentence on standard error and a non-zero exit code.
 
+So does one that fails in a way that nobody has foreseen: its traceback is in a file that the sentence names.
+
 A command's module, and with it torch and transformers, is imported when the command is called: ``--help``
 and a mistyped command answer at once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
+import os
 import sys
+import tempfile
+import traceback
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_group
 
-from ..errors import InputError, SparseswapsError
+from ..errors import InputError, SparseswapsError, found_of, is_full
 
 # Module of each command, and the first sentence of its help.
 COMMANDS = {
@@ -84,6 +91,7 @@ class LazyGroup(TyperGroup):
         return (name, command if name is None else load(name), rest)
 
 
+@functools.cache
 def load(name: str) -> Any:
     """The command ``name``, imported."""
     module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
@@ -112,13 +120,50 @@ def _sparseswaps() -> None:
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     try:
-        app(standalone_mode=True)
-    except SparseswapsError as error:
-        _say(f"[bold red]error:[/] {_plain(error)}")
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        code = _run()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         _say("[bold]interrupted[/]")
-        sys.exit(130)
+        code = 130
+    except BrokenPipeError:  # whoever read the output has stopped, and so has the command
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    if code:
+        sys.exit(code)
+
+
+def _run() -> int:
+    """The exit code of the command; whatever is wrong has been said."""
+    try:
+        app(standalone_mode=True)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except SparseswapsError as error:
+        _say(f"[bold red]error:[/] {_plain(error)}")
+        return 2 if isinstance(error, InputError) else 1
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        _say(f"[bold red]error:[/] {_unexpected(error)}")
+        return 1
+    return 0
+
+
+def _unexpected(error: Exception) -> str:
+    """The sentence for what nobody has foreseen; the traceback goes to a file."""
+    if is_full(error):
+        place = getattr(error, "filename", None)
+        return _plain(f"disk{f' of {place}' if place else ''}: expected room on it, found it full")
+    what = _plain(f"{type(error).__name__}: {found_of(error)}"[:300])
+    try:
+        number, name = tempfile.mkstemp(prefix="sparseswaps-", suffix=".log")
+        with os.fdopen(number, "w", encoding="utf-8") as log:
+            log.write(f"sparseswaps {' '.join(sys.argv[1:])}\n")
+            traceback.print_exception(error, file=log)
+    except OSError as failed:
+        return f"something unexpected happened, {what} (its log cannot be written: {found_of(failed)})"
+    return f"something unexpected happened, {what}; the traceback is in {name}"
 
 
 def _say(text: str) -> None:
@@ -127,6 +172,6 @@ def _say(text: str) -> None:
     error_console.print(text, highlight=False, soft_wrap=True)
 
 
-def _plain(error: Exception) -> str:
-    """The message with square brackets kept from being read as markup."""
-    return str(error).replace("[", r"\[")
+def _plain(error: Exception | str) -> str:
+    """The message on one line, with square brackets kept from being read as markup."""
+    return " ".join(str(error).split()).replace("[", r"\[")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Quiet
+from .options import Quiet, check_output
 from .output import console, progress_bars, quiet_libraries
 
 
@@ -27,6 +27,7 @@ def demo(
     """
     from ..demo import run_demo
 
+    check_output(out)
     quiet_libraries()
     with progress_bars(quiet) as bars:
         table, page = run_demo(out, bars)

@@ -10,7 +10,6 @@ import typer
 from rich.table import Table
 
 from ..calibration.windows import Windows, calibration_windows, for_model, window_length
-from ..errors import InputError
 from ..evaluation.beginning import AddBos, begun_windows
 from ..evaluation.measures import is_causal
 from ..machine import versions
@@ -18,9 +17,10 @@ from ..models.blocks import check_finite, find_blocks
 from ..models.checkpoints import Trust
 from ..models.loading import load_model, resolve_device
 from ..problems.files import save_instance
+from ..problems.pattern import PatternRule
 from ..pruning.pipeline import layer_problems
 from ..solvers.registry import SOLVERS
-from .options import AllowPickle, Quiet, TrustRemoteCode
+from .options import AllowPickle, Quiet, TrustRemoteCode, check_count, check_output
 from .output import console, error_console, progress_bars, quiet_libraries
 
 
@@ -55,10 +55,14 @@ def extract(
     sparseswaps extract ./llama --layers '*layers.0.*' --calibration text.txt --out instances
     """
     begin = AddBos.read(add_bos)
+    target = resolve_device(device)
+    check_output(out)
+    check_count("samples", samples)
+    check_count("length", length, 2)
+    check_count("seed", seed, 0)
+    PatternRule.parse(pattern)
     quiet_libraries()
-    if out.exists() and not out.is_dir():
-        raise InputError(f"output {out}: expected a directory, found a file")
-    loaded = load_model(model, resolve_device(device), trust=Trust(allow_pickle, trust_remote_code))
+    loaded = load_model(model, target, trust=Trust(allow_pickle, trust_remote_code))
     tokens = window_length(loaded, length, calibration)
     blocks = find_blocks(loaded.model, tuple(layers or ()))
     check_finite(blocks)

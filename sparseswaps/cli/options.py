@@ -8,6 +8,8 @@ with one line that says what they are called now.
 from __future__ import annotations
 
 import inspect
+import math
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, file_errors
 from ..pruning.objective import SEARCH_DEFAULT, UNSTATED, Objective
 from ..pruning.settings import Machine, PruneSettings
 from .output import error_console
@@ -30,6 +32,37 @@ AllowPickle = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Import Python files of the checkpoint.")
 ]
+
+
+def check_output(folder: Path) -> None:
+    """Refuse a folder that cannot be written into, before anything is computed.
+
+    Raises:
+        InputError: if it is a file, or cannot be made or written.
+    """
+    with file_errors(f"output {folder}"):
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"output {folder}: expected a directory, found a file")
+        parent = folder
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir():
+            raise InputError(f"output {folder}: expected a directory above it, found the file {parent}")
+        with tempfile.TemporaryFile(dir=parent):  # the only test that holds for every kind of file system
+            pass
+
+
+def check_count(name: str, value: int | None, least: int = 1) -> None:
+    """Raise ``InputError`` for a number below ``least``; None is none."""
+    if value is not None and value < least:
+        raise InputError(f"{name}: expected at least {least}, found {value}")
+
+
+def check_seconds(name: str, value: float | None) -> None:
+    """Raise ``InputError`` for seconds that are no number from 0 on; None is none."""
+    if value is not None and not 0 <= value < math.inf:
+        raise InputError(f"{name}: expected seconds of at least 0, found {value:g}")
+
 
 # What each part of the objective does, and former flags of it.
 PARTS = {

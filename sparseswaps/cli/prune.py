@@ -18,12 +18,20 @@ from ..masks.file import apply_masks, load_masks, verify_model
 from ..masks.output import claimed
 from ..masks.saving import save_model
 from ..models.checkpoints import Trust
-from ..models.loading import load_model
+from ..models.loading import load_model, resolve_device
 from ..progress import Progress
 from ..pruning.report import PruneReport
 from ..pruning.run import prune as run_prune
 from ..ranks import PATIENCE, Ranks, joined
-from .options import AllowPickle, Quiet, TrustRemoteCode, read_options, tell_of_former, with_options
+from .options import (
+    AllowPickle,
+    Quiet,
+    TrustRemoteCode,
+    check_output,
+    read_options,
+    tell_of_former,
+    with_options,
+)
 from .output import (
     console,
     error_console,
@@ -47,6 +55,10 @@ Offload = Annotated[
 Length = Annotated[
     int | None, typer.Option(help="Tokens per window; 2048 by default, at most what the model allows.")
 ]
+
+
+# Seconds of the longest wait that torch.distributed can count, about a year.
+LONGEST = 3.0e7
 
 
 def register(app: typer.Typer) -> None:
@@ -89,8 +101,13 @@ def prune(
     Sparsity alone makes no model faster: the saved weights are dense tensors with zeros.
     """
     chosen, machine = read_options(options, settings)
+    resolve_device(machine.device)
+    if not 0 < rank_timeout <= LONGEST:
+        raise InputError(f"rank timeout: expected seconds above 0, found {rank_timeout:g}")
     if chosen.calibration is None:
         raise InputError("prune: expected --calibration FILE_OR_DATASET, found none")
+    if out is not None:
+        check_output(out)
     quiet_libraries()
     try:
         with joined(machine.device, rank_timeout) as ranks, _bars_of(ranks, quiet) as bars:
@@ -259,6 +276,7 @@ def apply(
 
     sparseswaps apply ./llama --masks pruned/masks.safetensors --out pruned-again
     """
+    check_output(out)
     quiet_libraries()
     with claimed(out):
         file = load_masks(masks)

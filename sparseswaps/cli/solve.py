@@ -11,13 +11,14 @@ import typer
 from rich.table import Table
 
 from ..errors import InputError
+from ..models.loading import resolve_device
 from ..problems import LayerProblem, load_instance
 from ..solvers import Budget, Solution
 from ..solvers import bound as lower_bound
 from ..solvers import solve as run_solver
-from ..solvers.bounding import TIERS
+from ..solvers.bounding import AUTO, TIERS, tier_of
 from ..solvers.registry import parse_solver
-from .options import Quiet
+from .options import Quiet, check_seconds
 from .output import console, key_values, print_json, progress_bars
 
 SHOWN_ROWS = 64
@@ -52,14 +53,17 @@ def solve(
 
     sparseswaps solve instance.safetensors --solver ria:alpha=1 --json
     """
-    chosen = parse_solver(solver)
+    target, chosen = resolve_device(device), parse_solver(solver)
+    begun_by = None if start is None else parse_solver(start)
+    check_seconds("time limit", time_limit)
+    check_seconds("budget", budget)
     if time_limit is not None and any(x.name == "time_limit" for x in dataclasses.fields(chosen)):  # type: ignore[arg-type]  # all are dataclasses
         chosen = dataclasses.replace(chosen, time_limit=time_limit)  # type: ignore[type-var]  # likewise
     elif time_limit is not None:
         budget = time_limit if budget is None else min(budget, time_limit)
-    problem = slice_problem(load_instance(instance), rows).to(device)
+    problem = slice_problem(load_instance(instance), rows).to(target)
     with progress_bars(quiet) as bars:
-        init = None if start is None else run_solver(problem, parse_solver(start))
+        init = None if begun_by is None else run_solver(problem, begun_by)
         solution = run_solver(problem, chosen, init, Budget(budget, bars.rows))
     if json:
         print_json(solution_values(problem, solution))
@@ -89,9 +93,13 @@ def bound(
 
     sparseswaps bound instance.safetensors --tier dnn --rows 0:16 --solver tabu
     """
-    problem = slice_problem(load_instance(instance), rows).to(device)
+    target, chosen = resolve_device(device), parse_solver(solver)
+    check_seconds("budget", budget)
+    if tier != AUTO:
+        tier_of(tier)
+    problem = slice_problem(load_instance(instance), rows).to(target)
     with progress_bars(quiet) as bars:
-        found = run_solver(problem, parse_solver(solver))
+        found = run_solver(problem, chosen)
         proven = lower_bound(problem, tier, Budget(budget, bars.rows), init=found)
     solution = dataclasses.replace(
         found,

@@ -12,7 +12,7 @@ from ..machine import duration
 from ..study import StudyProgress, build_report, plan_study, run_study
 from ..study import export as export_tables
 from ..study import merge as merge_records
-from .options import Quiet
+from .options import Quiet, check_count, check_output
 from .output import console, error_console, progress_bars, quiet_libraries
 
 
@@ -54,6 +54,9 @@ def study(
 
     sparseswaps study study.toml --backend dask --cluster tcp://host:8786
     """
+    check_count("jobs", jobs)
+    if out is not None:
+        check_output(out)
     quiet_libraries()
     record = database or Path(f"{file.stem}.sqlite")
     if dry_run:
@@ -112,6 +115,7 @@ def report(
 
     sparseswaps report reports/published/calibration/rows --out report
     """
+    check_output(out)
     console.print(f"report: {build_report(database, out).resolve()}", soft_wrap=True)
 
 
@@ -141,5 +145,6 @@ def export(
 
     sparseswaps export study.sqlite --out tables --format parquet
     """
+    check_output(out)
     for path in export_tables(database, out, format):
         console.print(str(path))

@@ -14,7 +14,7 @@ from ..calibration.windows import Windows, evaluation_windows, for_model, window
 from ..errors import InputError
 from ..masks.saving import SETTINGS_FILE
 from ..models.checkpoints import Trust
-from ..models.loading import LoadedModel, load_model, resolve_device
+from ..models.loading import LoadedModel, check_dtype, load_model, resolve_device
 from .beginning import AddBos, Beginning, begun_windows
 from .measures import compared_output, is_causal, mean_cosine
 from .quality import model_embeddings, model_perplexity
@@ -79,6 +79,10 @@ def evaluate(
     """
     asked = AddBos.read(add_bos)
     target = resolve_device(device)
+    check_dtype(dtype)
+    for name, value, least in (("length", length, 2), ("evaluation limit", evaluation_limit, 1)):
+        if value is not None and value < least:
+            raise InputError(f"{name}: expected at least {least}, found {value}")
 
     def loaded_from(source: str | os.PathLike[str] | LoadedModel) -> LoadedModel:
         return (

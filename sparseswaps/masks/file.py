@@ -12,16 +12,17 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import InvalidFileError, VerificationError
+from ..errors import InputError, InvalidFileError, VerificationError, file_errors
 from ..models.blocks import PrunableLayer, find_blocks, weight_hash
 from ..models.loading import LoadedModel
 from ..models.offload import Residence
@@ -154,27 +155,64 @@ def load_masks(path: str | os.PathLike[str]) -> MaskFile:
         source = source / MASK_FILE
     if not source.is_file():
         raise InvalidFileError(f"mask file {source}: expected an existing file, found none")
-    try:
-        with safe_open(source, framework="pt") as file:
-            metadata = from_metadata(file.metadata())
-            # these are mapped, and come to memory when they are used
-            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
-    except (SafetensorError, OSError) as error:
-        raise InvalidFileError(f"mask file {source}: expected safetensors, found {error}") from error
+    with file_errors(f"mask file {source}", "safetensors"), safe_open(source, framework="pt") as file:
+        metadata = from_metadata(file.metadata())
+        # these are mapped, and come to memory when they are used
+        packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
     if metadata.get("format") != FORMAT:
         raise InvalidFileError(
             f"mask file {source}: expected format {FORMAT}, found {metadata.get('format', 'none')}"
         )
-    layers = {name: LayerMask(**facts) for name, facts in json.loads(metadata["layers"]).items()}
+    layers = _layer_facts(source, metadata.get("layers", ""))
     for name, facts in layers.items():
         expected = (facts.rows, (facts.cols + 7) // 8)
-        found = tuple(packed[name].shape) if name in packed else None
-        if found != expected:
+        bits = packed.get(name)
+        if bits is None or tuple(bits.shape) != expected or bits.dtype != torch.uint8:
+            found = "none" if bits is None else f"{tuple(bits.shape)} of {bits.dtype}"
             raise InvalidFileError(
                 f"mask file {source}, layer {name}: expected packed bits {expected}, found {found}"
             )
     masks = PackedMasks({name: facts.cols for name, facts in layers.items()}, packed.__getitem__)
     return MaskFile(masks, layers, metadata.get("model", ""))
+
+
+def _layer_facts(source: Path, text: str) -> dict[str, LayerMask]:
+    """Facts of every layer from the metadata of a mask file."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not found:
+        raise InvalidFileError(f"mask file {source}: expected facts of layers, found {text[:60]!r}")
+    kinds = {
+        each.name: get_args(hint) or (hint,)
+        for each, hint in ((each, get_type_hints(LayerMask)[each.name]) for each in fields(LayerMask))
+    }
+    layers = {}
+    for name, facts in found.items():
+        where = f"mask file {source}, layer {name}"
+        if not isinstance(facts, dict):
+            raise InvalidFileError(f"{where}: expected its facts, found {str(facts)[:60]!r}")
+        for key, value in facts.items():
+            if key not in kinds or type(value) not in kinds[key]:
+                raise InvalidFileError(
+                    f"{where}: expected facts among {', '.join(kinds)}, each of its type, "
+                    f"found {key} = {str(value)[:60]!r}"
+                )
+        lacking = [
+            each.name for each in fields(LayerMask) if each.default is MISSING and each.name not in facts
+        ]
+        if lacking:
+            raise InvalidFileError(f"{where}: expected {lacking[0]}, found none")
+        layer = LayerMask(**facts)
+        try:
+            pattern_of(layer.keep, layer.block, layer.scope).check_cols(layer.cols)
+        except InputError as error:
+            raise InvalidFileError(f"{where}: {error}") from error
+        if min(layer.rows, layer.cols) < 1:
+            raise InvalidFileError(f"{where}: expected a shape, found {(layer.rows, layer.cols)}")
+        layers[name] = layer
+    return layers
 
 
 def apply_masks(

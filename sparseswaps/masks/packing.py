@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import InvalidFileError
+
 
 @final
 class PackedMasks(Mapping[str, Tensor]):
@@ -45,8 +47,13 @@ def unpack_mask(packed: Tensor, cols: int) -> Tensor:
 
 
 def unpack_bytes(packed: bytes, shape: Sequence[int]) -> Tensor:
-    """The mask (rows, cols), bool, from its packed bits as a record stores them."""
+    """The mask (rows, cols), bool, from its packed bits as a record stores them.
+
+    Raises:
+        InvalidFileError: if they are not that many.
+    """
     rows, cols = shape
+    _check_bytes("a mask", packed, rows * ((cols + 7) // 8))
     return unpack_mask(torch.frombuffer(bytearray(packed), dtype=torch.uint8).view(rows, -1), cols)
 
 
@@ -61,5 +68,16 @@ def weight_bytes(weight: Tensor) -> bytes:
 
 
 def weight_from(stored: bytes, like: Tensor) -> Tensor:
-    """A weight that ``weight_bytes`` has stored, with the shape, dtype and device of ``like``."""
+    """A weight that ``weight_bytes`` has stored, with the shape, dtype and device of ``like``.
+
+    Raises:
+        InvalidFileError: if it has another size.
+    """
+    _check_bytes("a weight", stored, like.numel() * like.element_size())
     return torch.frombuffer(bytearray(stored), dtype=like.dtype).view(like.shape).to(like.device)
+
+
+def _check_bytes(what: str, stored: object, size: int) -> None:
+    if not isinstance(stored, bytes) or len(stored) != size:
+        found = f"{len(stored)} bytes" if isinstance(stored, bytes) else f"a {type(stored).__name__}"
+        raise InvalidFileError(f"record of a run, {what}: expected {size} bytes, found {found}")

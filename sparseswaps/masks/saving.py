@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from ..errors import InputError, InvalidFileError
+from ..errors import InputError, InvalidFileError, file_errors
 from ..models.blocks import PrunableLayer
 from ..models.companions import carry_unread, copy_companions, require_carried
 from ..models.loading import LoadedModel, load_model
@@ -91,10 +90,14 @@ def run_record(folder: Path | None, settings: Mapping[str, Any], resume: bool) -
     """The run's record; where no layer was finished, a failed run leaves nothing behind."""
     path = None if folder is None else folder / RECORD_FILE
     existed = path is not None and path.exists()
-    with _disk_errors(folder), RunDatabase(path) as record:
+    with file_errors(f"output {folder}"), RunDatabase(path) as record:
         try:
             known = record.facts().get("settings")
             if resume and known is not None:
+                if not isinstance(known, dict):
+                    raise InvalidFileError(
+                        f"record {folder}/{RECORD_FILE}: expected settings, found {_short(known)}"
+                    )
                 different = [key for key in settings if known.get(key) != settings[key]]
                 if different:
                     key = different[0]
@@ -115,19 +118,6 @@ def run_record(folder: Path | None, settings: Mapping[str, Any], resume: bool) -
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-@contextmanager
-def _disk_errors(folder: Path | None) -> Iterator[None]:
-    """A full disk or a forbidden folder becomes one clear sentence."""
-    import sqlite3
-
-    try:
-        yield
-    except (OSError, SafetensorError, sqlite3.OperationalError) as error:
-        raise InvalidFileError(
-            f"output {folder}: expected to be able to write there, found {error}"
-        ) from error
 
 
 def save_run(
@@ -185,10 +175,11 @@ def save_model(
         InvalidFileError: if it cannot be written.
         VerificationError: if the reloaded model is not what the masks say.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".partial-*"):  # of a run that was killed while it saved
-        shutil.rmtree(left)
-    with _disk_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
+    with file_errors(f"output {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".partial-*"):  # of a run that was killed while it saved
+            shutil.rmtree(left)
+    with file_errors(f"output {folder}"), tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as name:
         partial = Path(name)
         loaded.restore_dtypes()
         _save_pretrained(loaded, partial)

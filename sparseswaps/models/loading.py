@@ -71,11 +71,38 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise InvalidModelError(f"device: expected auto, cpu or cuda, found {device!r}") from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidModelError(f"device {device}: expected a CUDA device, found none on this machine")
+    if resolved.type not in ("cpu", "cuda") or (resolved.type == "cpu" and resolved.index not in (None, 0)):
+        raise InvalidModelError(f"device: expected auto, cpu or cuda, found {device!r}")
+    if resolved.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise InvalidModelError(f"device {device}: expected a CUDA device, found none on this machine")
+        if (resolved.index or 0) >= count:
+            raise InvalidModelError(
+                f"device {device}: expected one of {count} CUDA devices, found none of it"
+            )
     return resolved
+
+
+# Floats that models are computed in, by name.
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse what ``load_model`` cannot compute in.
+
+    Raises:
+        InvalidModelError: for anything but what its argument ``dtype`` may be.
+    """
+    if dtype not in ("auto", "checkpoint", *DTYPES):
+        raise InvalidModelError(f"dtype: expected auto, {', '.join(DTYPES)}, found {dtype!r}")
 
 
 def load_model(
@@ -101,6 +128,7 @@ def load_model(
         InputError: if offloading lacks a library.
         InvalidModelError: if it is missing, damaged or not a transformers model, or lacks tensors.
     """
+    check_dtype(dtype)
     name, trust, device = os.fspath(source), trust or Trust(), torch.device(device)
     if offload:
         require_accelerate()
@@ -180,10 +208,7 @@ def _cast(model: Any, dtype: str, device: torch.device) -> Any:
         return model.float() if device.type == "cpu" else model
     if dtype == "checkpoint":
         return model
-    wanted = getattr(torch, dtype, None)
-    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
-        raise InvalidModelError(f"dtype: expected auto, float32, bfloat16 or float16, found {dtype!r}")
-    return model.to(wanted)
+    return model.to(DTYPES[dtype])
 
 
 def _tokenizer(place: Source, trust: Trust) -> PreTrainedTokenizerBase | None:

@@ -22,6 +22,7 @@ from ..calibration.windows import Windows
 from ..errors import InputError
 from ..evaluation.beginning import AddBos
 from ..models.checkpoints import Trust
+from ..models.loading import check_dtype
 from ..problems.pattern import PatternRule
 from ..ranks import Ranks
 from ..solvers import Group, OneSwap, Solver, Wanda
@@ -86,7 +87,7 @@ def _count(least: int) -> Callable[[Any], int]:
     def read(value: Any) -> int:
         if isinstance(value, bool | float) or int(value) != float(value):
             raise InputError(f"expected a whole number, found {value!r}")
-        if int(value) < least:
+        if not least <= int(value) < 2**63:  # what fits into a tensor
             raise InputError(f"expected at least {least}, found {value}")
         return int(value)
 
@@ -157,7 +158,7 @@ class _Options:
                 value = field.metadata["kind"].read(getattr(self, field.name))
             except InputError as error:
                 raise type(error)(f"{field.name}: {error}") from error
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise InputError(f"{field.name}: {error}") from error
             object.__setattr__(self, field.name, value)
 
@@ -304,9 +305,14 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def _dtype(value: Any) -> str:
+    check_dtype(str(value))
+    return str(value)
+
+
 def _gigabytes(value: Any) -> float:
-    if isinstance(value, bool) or not 0 <= float(value) < float("inf"):
-        raise InputError(f"GB: expected at least 0, found {value}")
+    if isinstance(value, bool) or not 0 <= float(value) < 1e9:  # bytes that fit into 64 bits
+        raise InputError(f"GB: expected at least 0 and below 1e9, found {value}")
     return float(value)
 
 
@@ -321,7 +327,7 @@ class Machine(_Options):
     """
 
     device: str = option("auto", "auto, cpu or cuda.", Kind(str))
-    dtype: str = option("auto", "auto, float32, bfloat16 or float16: of the computation.", Kind(str))
+    dtype: str = option("auto", "auto, float32, bfloat16 or float16: of the computation.", Kind(_dtype))
     offload: bool = option(
         False,
         "Weights stay in the checkpoint's files, one block at a time in memory.",

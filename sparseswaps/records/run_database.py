@@ -10,7 +10,7 @@ import json
 import sqlite3
 from collections.abc import Iterable, Mapping
 from contextlib import closing, suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class RunDatabase(Database):
     def facts(self) -> dict[str, Any]:
         """Everything stored with ``set``."""
         rows = self._connection.execute("SELECT key, value FROM run ORDER BY key")
-        return {key: json.loads(value) for key, value in rows}
+        return {key: self._json(f"fact {key}", value) for key, value in rows}
 
     def add_layer(self, record: LayerRecord, packed_mask: bytes, weight: bytes | None = None) -> None:
         """Store a finished layer in one transaction.
@@ -81,13 +81,13 @@ class RunDatabase(Database):
     def layers(self) -> list[LayerRecord]:
         """Finished layers in the order in which they were finished."""
         rows = self._connection.execute(f"SELECT {names(_LAYER_COLUMNS)} FROM layer ORDER BY rowid")
-        return [LayerRecord(*row) for row in rows]
+        return [self._row(LayerRecord, row) for row in rows]
 
     def layer(self, name: str) -> LayerRecord | None:
         """The record of a finished layer, or None."""
         columns = names(_LAYER_COLUMNS)
         row = self._connection.execute(f"SELECT {columns} FROM layer WHERE name = ?", (name,)).fetchone()
-        return None if row is None else LayerRecord(*row)
+        return None if row is None else self._row(LayerRecord, row)
 
     def finished_weights(self) -> int:
         """How many weights the finished layers have."""
@@ -162,10 +162,7 @@ class RunDatabase(Database):
         rows = self._connection.execute(
             f"SELECT {names(_STEP_COLUMNS)} FROM refinement ORDER BY position, number"
         )
-        return [
-            replace(step, accepted=bool(step.accepted), last=bool(step.last))
-            for step in (RefinementStep(*row) for row in rows)
-        ]
+        return [self._row(RefinementStep, row) for row in rows]
 
     def close(self) -> None:
         """Write everything to the one database file and let go of it; may be called again."""
@@ -175,7 +172,7 @@ class RunDatabase(Database):
         with closing(self._connection) as connection:
             # while another process has the file open, its write-ahead log stays beside it
             if self.path is not None:
-                with suppress(sqlite3.OperationalError):
+                with suppress(InvalidFileError):
                     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                     connection.execute("PRAGMA journal_mode = DELETE")
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import InvalidFileError
 from .run import LayerRecord
 
 
@@ -311,3 +312,40 @@ class StudyRows:
     models: tuple[ModelRecord, ...]
     layers: tuple[ModelLayer, ...]
     bounds: tuple[LayerBoundRecord, ...] = ()
+
+
+# Columns of units and models that hold JSON, and what it is; empty in those that failed.
+_JSON_COLUMNS = {"options": dict, "machine": dict, "settings": dict, "changed": list}
+
+
+def check_rows(rows: StudyRows, where: str) -> StudyRows:
+    """``rows`` of the file ``where`` if everything that reports read from their texts can be read.
+
+    Raises:
+        InvalidFileError: naming the column.
+    """
+    for study in rows.studies:
+        units = study.get("units", 0)
+        if not isinstance(study.get("name"), str) or isinstance(units, bool) or not isinstance(units, int):
+            raise InvalidFileError(
+                f"{where}: expected a study with a name and a number of units, found {str(study)[:60]}"
+            )
+    everything: list[UnitRecord | ModelRecord] = [*rows.units, *rows.models]
+    for record in everything:
+        for column, kind in _JSON_COLUMNS.items():
+            text = getattr(record, column, "")
+            if isinstance(text, str) and text and not isinstance(_value(text), kind):
+                raise InvalidFileError(
+                    f"{where}, unit {record.unit}: expected JSON of a {kind.__name__} in column {column}, "
+                    f"found {text[:60]!r}"
+                )
+    return rows
+
+
+@functools.cache
+def _value(text: str) -> Any:
+    """The value of a JSON text, None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

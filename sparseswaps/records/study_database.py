@@ -31,6 +31,7 @@ from .study import (
     TraceRecord,
     UnitRecord,
     UnitResult,
+    check_rows,
 )
 
 SCHEMA_VERSION = 3
@@ -127,7 +128,7 @@ class StudyDatabase(Database):
                 "UPDATE plan SET state = 'claimed', owner = ?, claimed = ? WHERE unit = ?",
                 (owner, time.time(), row[0]),
             )
-        return PlannedUnit(row[0], row[1], row[2], json.loads(row[3]), row[4])
+        return PlannedUnit(row[0], row[1], row[2], self._facts(f"the unit {row[0]}", row[3]), row[4])
 
     def release_lost(self) -> int:
         """Give back units whose process is gone; returns how many."""
@@ -139,7 +140,9 @@ class StudyDatabase(Database):
             lost = [
                 (unit,)
                 for unit, owner, claimed, limit in claims
-                if is_gone(owner) or (not _is_here(owner) and now - claimed > limit + CLAIM_SLACK)
+                if not isinstance(owner, str)
+                or is_gone(owner)
+                or (not _is_here(owner) and now - claimed > limit + CLAIM_SLACK)
             ]
             connection.executemany("UPDATE plan SET state = 'pending', owner = NULL WHERE unit = ?", lost)
         return len(lost)
@@ -244,19 +247,20 @@ class StudyDatabase(Database):
         layers = self._connection.execute(
             f"SELECT unit, {names(_columns(LayerRecord))} FROM layer ORDER BY unit, block, name"
         )
-        return StudyRows(
-            tuple(json.loads(row[0]) for row in facts),
+        found = StudyRows(
+            tuple(self._facts("the facts of a study", row[0]) for row in facts),
             self._read("unit", UnitRecord),
             self._read("row", RowRecord),
             self._read("trace", TraceRecord),
             self._read("model", ModelRecord),
-            tuple(ModelLayer(row[0], LayerRecord(*row[1:])) for row in layers),
+            tuple(ModelLayer(str(row[0]), self._row(LayerRecord, row[1:])) for row in layers),
             self._read("bound", LayerBoundRecord),
         )
+        return check_rows(found, self._where)
 
     def _read(self, table: str, kind: type[Record]) -> tuple[Record, ...]:
         query = f'SELECT {names(_columns(kind))} FROM "{table}" ORDER BY {_TABLES[table][1]}'
-        return tuple(kind(*row) for row in self._connection.execute(query))
+        return tuple(self._row(kind, row) for row in self._connection.execute(query))
 
     def merge(self, other: str | os.PathLike[str]) -> int:
         """Take over the units of which ``other`` knows more; returns how many of them are done.
@@ -315,12 +319,18 @@ def process_id() -> str:
 
 def is_gone(owner: str) -> bool:
     """Whether ``owner`` is a process of this machine that does not run any more."""
-    host, number, started = owner.rsplit(":", 2)
-    return host == socket.gethostname() and _start_time(int(number)) != started
+    host, number, started = _parts(owner)
+    return host == socket.gethostname() and (not number.isdigit() or _start_time(int(number)) != started)
 
 
 def _is_here(owner: str) -> bool:
-    return owner.rsplit(":", 2)[0] == socket.gethostname()
+    return _parts(owner)[0] == socket.gethostname()
+
+
+def _parts(owner: str) -> tuple[str, str, str]:
+    """Machine, number and start time of a process; an owner that is no such name is a process of nowhere."""
+    parts = owner.rsplit(":", 2)
+    return (parts[0], parts[1], parts[2]) if len(parts) == 3 else ("", "", "")
 
 
 def _start_time(number: int) -> str:

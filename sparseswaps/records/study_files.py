@@ -18,7 +18,16 @@ from typing import Any, get_args, get_type_hints
 
 from ..errors import InvalidFileError, SolverNotInstalledError
 from .run import LayerRecord
-from .study import LayerBoundRecord, ModelLayer, ModelRecord, RowRecord, StudyRows, TraceRecord, UnitRecord
+from .study import (
+    LayerBoundRecord,
+    ModelLayer,
+    ModelRecord,
+    RowRecord,
+    StudyRows,
+    TraceRecord,
+    UnitRecord,
+    check_rows,
+)
 
 # Each table with the record that its columns are the fields of.
 RECORDS: Mapping[str, type] = {
@@ -111,7 +120,8 @@ def read_study_files(folder: str | os.PathLike[str]) -> StudyRows:
     }
     layers = tuple(ModelLayer(unit, LayerRecord(*row)) for unit, *row in values["layers"])
     studies = tuple(_facts(Path(folder), text) for (text,) in values[STUDIES])
-    return StudyRows(studies=studies, layers=layers, **read)
+    found = StudyRows(studies=studies, layers=layers, **read)
+    return check_rows(found, f"rows of a study {folder}")
 
 
 def _read(arrow: ModuleType, path: Path, table: str) -> Sequence[tuple[Any, ...]]:
@@ -148,11 +158,11 @@ def _read(arrow: ModuleType, path: Path, table: str) -> Sequence[tuple[Any, ...]
 def _facts(folder: Path, text: str) -> Mapping[str, Any]:
     try:
         facts = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidFileError(
             f"rows of a study {folder / STUDIES}.parquet: expected JSON, found {error}"
         ) from error
-    if not isinstance(facts, dict) or "name" not in facts:
+    if not isinstance(facts, dict):
         raise InvalidFileError(
             f"rows of a study {folder / STUDIES}.parquet: expected facts with a name, found {text[:80]}"
         )

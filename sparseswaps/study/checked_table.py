@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -73,8 +74,8 @@ class CheckedTable:
     def numbers(self, key: str, default: Sequence[float] = REQUIRED, least: float = 0.0) -> tuple[float, ...]:
         """Numbers, or one of them."""
         values = tuple(float(value) for value in self._list(key, default, (int, float), "numbers"))
-        if any(not value >= least for value in values):
-            self.wrong(key, f"numbers of at least {least:g}", repr(list(values)))
+        if any(not least <= value < math.inf for value in values):
+            self.wrong(key, f"finite numbers of at least {least:g}", repr(list(values)))
         return values
 
     def any_list(self, key: str) -> list[Any]:
@@ -107,6 +108,8 @@ class CheckedTable:
         values = list(value) if isinstance(value, list | tuple) else [value]
         if not all(isinstance(each, kind) and not isinstance(each, bool) for each in values):
             self.wrong(key, expected, repr(value))
+        if any(isinstance(each, int) and abs(each) >= 2**63 for each in values):
+            self.wrong(key, "numbers of 64 bits", repr(value)[:60])
         return tuple(values)
 
     def finish(self) -> None:

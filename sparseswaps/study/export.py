@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InputError, InvalidFileError
+from ..records.folders import whole_folder
 from ..records.study import StudyRows
 from ..records.study_database import StudyDatabase
 from ..records.study_files import columns, read_study_files, tables, write_study_files
@@ -48,15 +49,15 @@ def export(
     if format not in ("csv", "parquet"):
         raise InputError(f"export format: expected csv or parquet, found {format!r}")
     rows = read_rows(database)
-    if format == "parquet":
-        return write_study_files(out_dir, rows)
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, values in tables(rows).items():
-        written.append(out / f"{name}.csv")
-        _write_csv(written[-1], list(columns(name)), values)
-    return written
+    with whole_folder(out) as partial:
+        if format == "parquet":
+            written = write_study_files(partial, rows)
+        else:
+            written = [partial / f"{name}.csv" for name in tables(rows)]
+            for path, (name, values) in zip(written, tables(rows).items(), strict=True):
+                _write_csv(path, list(columns(name)), values)
+    return [out / path.name for path in written]
 
 
 def read_rows(database: str | os.PathLike[str]) -> StudyRows:
@@ -92,7 +93,10 @@ def build_report(database: str | os.PathLike[str], out_dir: str | os.PathLike[st
     rows = read_rows(database)
     if not rows.units and not rows.models:
         raise InputError(f"study record {database}: expected finished units, found none")
-    return write_study_report(out_dir, rows)
+    out = Path(out_dir)
+    with whole_folder(out) as partial:
+        page = write_study_report(partial, rows)
+    return out / page.name
 
 
 def _write_csv(path: Path, header: list[str], values: Iterable[tuple[Any, ...]]) -> None:

@@ -112,10 +112,20 @@ def resolve_files(patterns: Sequence[str], folder: Path) -> list[str]:
     """
     found: list[str] = []
     for pattern in patterns:
-        if Path(pattern).is_absolute():
-            matches = sorted(str(path) for path in Path(pattern).parent.glob(Path(pattern).name))
-        else:
-            matches = sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern))
+        try:
+            if Path(pattern).is_absolute():
+                matches = sorted(str(path) for path in Path(pattern).parent.glob(Path(pattern).name))
+            else:
+                matches = sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern))
+        except (
+            OSError,
+            ValueError,
+            IndexError,
+            NotImplementedError,
+        ) as error:
+            raise InputError(
+                f"instance files {pattern!r} in {folder}: expected a shell pattern, found {error}"
+            ) from error
         if not matches:
             raise InputError(f"instance files {pattern} in {folder}: expected at least one, found none")
         found += [match for match in matches if match not in found]

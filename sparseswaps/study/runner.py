@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..errors import InputError
 from ..records.study import PlannedUnit, UnitResult
 from ..records.study_database import StudyDatabase, process_id
 from .cluster import Workers, run_unordered, workers
@@ -129,6 +130,10 @@ def run_study(
     study = study if isinstance(study, Study) else load_study(study)
     units = plan_units(study)
     path = Path(database)
+    # workers elsewhere do not share this process's current folder
+    cache = path.resolve().with_name(path.name + CACHE_SUFFIX)
+    if cache.exists() and not cache.is_dir():
+        raise InputError(f"extracted layers {cache}: expected a directory, found a file")
     with workers(backend, jobs, cluster) as pool, StudyDatabase(path) as record:
         facts = {
             "name": study.name, "title": study.title, "description": study.description,
@@ -145,8 +150,6 @@ def run_study(
                 "texts were changed; reports show them too, a new record would not",
                 stacklevel=2,
             )
-        # workers elsewhere do not share this process's current folder
-        cache = path.resolve().with_name(path.name + CACHE_SUFFIX)
         job = _Run(study, units, record, cache, pool, progress)
         ran = job.run()
         counts = record.counts([study.name])

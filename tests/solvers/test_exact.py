@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import conformance
 import numpy as np
@@ -16,6 +18,7 @@ from sparseswaps.solvers.bounds.presolve import thinned
 from sparseswaps.solvers.exact import branch_and_bound
 
 # Each solver stops at a relative gap of 1e-6; foreign ones give their own tolerances away on top.
+LIMIT = 1e-6
 GAP = 2e-6
 FOREIGN_GAP = 1e-3
 
@@ -64,6 +67,12 @@ def check_against(problem: ss.LayerProblem, solution: ss.Solution, best: torch.T
     assert bool((solution.row_bounds <= best.clamp_min(0) + slack).all()), problem.name
 
 
+def proofs(solution: ss.Solution) -> bool:
+    """Whether every row was closed, and has finished where its gap is within the limit and nowhere else."""
+    closed = {True: ss.Status.FINISHED, False: ss.Status.PRECISION_LIMIT}
+    return solution.row_statuses == tuple(closed[gap <= LIMIT] for gap in solution.row_gaps.tolist())
+
+
 def test_branch_and_bound_equals_enumeration_on_random_rows() -> None:
     rows = 0
     patterns = ("0.5", "2:4", "0.6", "4:8", "1:4", "0.25")
@@ -76,7 +85,7 @@ def test_branch_and_bound_equals_enumeration_on_random_rows() -> None:
         problem = rescaled(plain, float(10.0 ** generator.uniform(-4, 4)))
         solution = ss.solve(problem, ss.BranchAndBound())
         check_against(problem, solution, ss.solve(problem, ss.Enumeration()).row_objectives, GAP)
-        assert set(solution.row_statuses) == {ss.Status.FINISHED}
+        assert proofs(solution)
         resolved = solution.row_objectives > 1e6 * rounding(problem)
         assert bool((solution.row_gaps[resolved] <= GAP).all()), problem.name
         rows += problem.rows
@@ -96,7 +105,7 @@ def test_a_divided_proof_equals_enumeration(monkeypatch: pytest.MonkeyPatch) -> 
         )
         solution = ss.solve(problem, ss.BranchAndBound())
         check_against(problem, solution, ss.solve(problem, ss.Enumeration()).row_objectives, GAP)
-        assert solution.status is ss.Status.FINISHED
+        assert proofs(solution)
         most = max(most, float(solution.stats["nodes"].max()))
     assert most > 10
 
@@ -120,7 +129,7 @@ def test_exact_solvers_equal_brute_force(solver: ss.Solver) -> None:
         plain, _, _ = conformance.with_raw(family, pattern, drift, seed=5, rows=2, cols=8)
         problem = rescaled(plain, factor)
         solution = ss.solve(problem, solver)
-        assert solution.status is ss.Status.FINISHED
+        assert proofs(solution)
         check_against(problem, solution, brute_force(problem), 1e-5)
 
 
@@ -140,7 +149,7 @@ def test_exact_solvers_agree_beyond_enumeration(pattern: str) -> None:
     ]
     best = solutions[0].row_objectives
     for solution in solutions:
-        assert solution.status is ss.Status.FINISHED
+        assert proofs(solution)
         assert bool((solution.row_objectives <= best * (1 + 1e-5)).all())
         assert bool((solution.row_bounds <= best).all())
         assert bool((solution.row_gaps <= FOREIGN_GAP).all())
@@ -195,7 +204,7 @@ def test_highs_does_not_mind_who_used_it_before() -> None:
     other.run()
     problem = ss.synthetic_layer("correlated", 1, 12, "0.5")
     found = ss.solve(problem, ss.HiGHS())
-    assert found.status is ss.Status.FINISHED
+    assert proofs(found)
     best = ss.solve(problem, ss.Enumeration())
     # both are exact; HiGHS stops at a relative gap of 1e-6
     assert found.objective <= best.objective * (1 + 1e-5)
@@ -310,3 +319,53 @@ def test_finished_rows_are_within_the_gap_limit(pattern: str) -> None:
         solution = ss.solve(problem, ss.BranchAndBound(gap_limit=limit))
         assert solution.row_statuses == (ss.Status.FINISHED,) * 6
         assert float(solution.row_gaps.max()) <= limit
+
+
+@pytest.mark.parametrize(
+    "solver", [ss.SCIP(), ss.HiGHS(), ss.HiGHS(formulation="mccormick"), ss.BranchAndBound()], ids=repr
+)
+@pytest.mark.parametrize("dead", [5, 6, 8, 10])
+def test_rows_whose_optimum_is_zero_need_no_solver(solver: ss.Solver, dead: int) -> None:
+    """More inputs are always zero than are to be pruned."""
+    generator = np.random.default_rng(dead)
+    inputs = generator.standard_normal((40, 10))
+    inputs[:, generator.permutation(10)[:dead]] = 0
+    problem = ss.LayerProblem(
+        torch.tensor(generator.standard_normal((3, 10))),
+        torch.tensor(inputs.T @ inputs),
+        ss.SparsityPattern.per_row(10, 0.5),
+    )
+    random = ss.solve(problem, ss.Random())
+    for init in (None, random):
+        solution = ss.solve(problem, solver, init)
+        assert solution.row_statuses == (ss.Status.FINISHED,) * 3
+        assert solution.objective == solution.bound == solution.gap == 0
+
+
+@pytest.mark.parametrize("solver", [ss.SCIP(), ss.HiGHS(), ss.BranchAndBound()], ids=repr)
+def test_rows_that_cancel_have_finished_only_within_the_gap_limit(solver: ss.Solver) -> None:
+    """Pairs of equal inputs with opposite weights: the optimum is 0, the sums are not."""
+    generator = np.random.default_rng(1)
+    half = generator.standard_normal((40, 5)) * 10.0 ** generator.uniform(-2, 2, 5)
+    inputs = np.concatenate([half, half * (1 + 1e-9)], axis=1)
+    weight = generator.standard_normal((4, 5))
+    problem = ss.LayerProblem(
+        torch.tensor(np.concatenate([weight, -weight], axis=1)),
+        torch.tensor(inputs.T @ inputs),
+        ss.SparsityPattern.per_row(10, 0.4),
+    )
+    solution = ss.solve(problem, solver)
+    assert proofs(solution)
+    best = ss.solve(problem, ss.Enumeration())
+    assert bool((solution.row_objectives <= best.row_objectives + rounding(problem)).all())
+
+
+def test_highs_prints_nothing_on_standard_output() -> None:
+    pytest.importorskip("highspy")
+    script = (
+        "import sparseswaps as ss\n"
+        "problem = ss.synthetic_layer('correlated', 1, 12, '0.5')\n"
+        "ss.solve(problem, ss.HiGHS())\nprint('done')"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout == "done\n"
