@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..errors import InvalidFileError
+from ..errors import InvalidFileError, file_errors
 from ..records.run_database import facts_in
 from .file import MASK_FILE
 
@@ -42,14 +42,14 @@ def claimed(folder: Path, resume: bool = False) -> Iterator[None]:
         raise InvalidFileError(
             f"output {folder}: expected no other process that writes there, found {_holder(folder)}"
         ) from error
-    except OSError as error:
+    except OSError:
         _remove(made)
-        raise InvalidFileError(
-            f"output {folder}: expected to be able to write there, found {error}"
-        ) from error
+        with file_errors(f"output {folder}"):
+            raise
     try:
         own = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        Path(folder / LOCK_FILE).write_text(json.dumps(own), encoding="utf-8")
+        with file_errors(f"output {folder}"):
+            (folder / LOCK_FILE).write_text(json.dumps(own), encoding="utf-8")
         _check(folder, resume)
         yield
     finally:
