@@ -9,6 +9,7 @@ import csv
 import html
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -214,6 +215,4 @@ def markdown(text: str) -> str:
 def inline_markdown(text: str) -> str:
     """Text with ```code``` and ``**bold**`` for Markdown, HTML in it as text."""
     parts = " ".join(text.splitlines()).split("`")
-    return "`".join(
-        part if index % 2 else html.escape(part, quote=False) for index, part in enumerate(parts)
-    )
+    return "`".join(part if index % 2 else html.escape(part, quote=False) for index, part in enumerate(parts))

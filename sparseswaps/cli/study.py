@@ -14,7 +14,6 @@ from ..study import merge as merge_records
 from .options import check_count, check_output
 from .output import console, error_console, progress_bars, quiet_libraries
 
-
 # More processes than any machine or cluster of the kind has.
 MOST_JOBS = 100_000
 
