@@ -18,7 +18,9 @@ import sparseswaps as ss
 from sparseswaps.calibration.store import TensorStore
 from sparseswaps.cli import app
 from sparseswaps.errors import InvalidFileError, file_errors
+from sparseswaps.masks.packing import unpack_bytes
 from sparseswaps.problems import load_instance, save_instance
+from sparseswaps.records.run import LayerRecord
 from sparseswaps.records.run_database import RunDatabase
 from sparseswaps.study import StudyDatabase, build_report, export, run_study
 
@@ -231,3 +233,37 @@ def test_instances_without_metadata_are_named(tmp_path: Path) -> None:
     save_file({**tensors, "drift_linear": tensors["weight"].clone()}, tmp_path / "part", metadata)
     with pytest.raises(InvalidFileError, match="drift: expected drift_linear and drift_constant"):
         load_instance(tmp_path / "part")
+
+
+LAYER = LayerRecord(
+    "a", 0, "q", 2, 9, "1:2", 0.5, 1, 0, 1.0, 0.5, 0.4, 0.5, 0.4, None, None, 1, None, "finished", 0.1
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("UPDATE layer SET rows = 'x'", "expected a int in column rows"),
+        ("UPDATE layer SET status = x'00'", "expected a str in column status"),
+        ("UPDATE run SET value = '{'", "expected JSON in fact settings"),
+        ("UPDATE layer SET mask = x'00'", "a mask: expected 4 bytes, found 1 bytes"),
+        ("UPDATE layer SET mask = 'text'", "a mask: expected 4 bytes, found a str"),
+        (None, "expected an SQLite database, found"),
+    ],
+)
+def test_damaged_records_of_runs_are_named(tmp_path: Path, change: str | None, words: str) -> None:
+    path = tmp_path / "record.sqlite"
+    with RunDatabase(path) as record:
+        record.set({"settings": {}})
+        record.add_layer(LAYER, b"\x00" * 4)
+        assert record.layers() == [LAYER]
+    if change is None:
+        _overwrite(path, path, 4096, b"\xff")
+    else:
+        with sqlite3.connect(path) as connection:
+            connection.execute(change)
+        connection.close()
+    with pytest.raises(InvalidFileError, match=f"^record .*{words}"), RunDatabase(path) as record:
+        record.facts()
+        record.layers()
+        unpack_bytes(record.packed_mask("a") or b"", (2, 9))
