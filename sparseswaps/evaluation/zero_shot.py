@@ -123,8 +123,7 @@ def zero_shot(
         raise InputError("zero-shot tasks: expected at least one, found none")
     for count in ("limit", limit), ("batch_size", batch_size):
         _check_count(*count)
-    asked = AddBos.read(add_bos)
-    resolve_device(device)
+    asked, _ = AddBos.read(add_bos), resolve_device(device)
     check_dtype(dtype)
     begin = time.perf_counter()
     manager = _task_manager(tasks, task_path)

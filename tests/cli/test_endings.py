@@ -186,7 +186,7 @@ def test_damaged_pages_of_a_study_are_named(record: Path, tmp_path: Path) -> Non
         ("UPDATE unit SET options = '[]'", "expected JSON of a dict in column options"),
         ("UPDATE study SET facts = 'x'", "expected JSON in the facts of a study"),
         ("UPDATE study SET facts = '[]'", "expected an object of JSON in the facts of a study"),
-        ("UPDATE study SET facts = '{}'", "expected a study with a name"),
+        ("UPDATE study SET facts = '{}'", "expected facts with a name"),
         ("ALTER TABLE unit DROP COLUMN label", "expected a column label, found none"),
         ("DROP TABLE bound", None),
     ],
@@ -263,7 +263,12 @@ def test_damaged_records_of_runs_are_named(tmp_path: Path, change: str | None, w
         with sqlite3.connect(path) as connection:
             connection.execute(change)
         connection.close()
-    with pytest.raises(InvalidFileError, match=f"^record .*{words}"), RunDatabase(path) as record:
-        record.facts()
-        record.layers()
-        unpack_bytes(record.packed_mask("a") or b"", (2, 9))
+
+    def read() -> None:
+        with RunDatabase(path) as record:
+            record.facts()
+            record.layers()
+            unpack_bytes(record.packed_mask("a") or b"", (2, 9))
+
+    with pytest.raises(InvalidFileError, match=f"^record .*{words}"):
+        read()
