@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from .figures import Figure
-from .tables import Table, inline_html
+from .tables import Table, inline_html, inline_markdown, markdown
 
 PAGE_FILE = "index.html"
 MARKDOWN_FILE = "README.md"
@@ -164,24 +164,21 @@ def _figure_html(figure: Figure, svg: str) -> str:
 
 
 def _markdown(title: str, subtitle: str, facts: Sequence[Fact], sections: Sequence[Section]) -> str:
-    parts = [f"# {title}"]
+    parts = [f"# {markdown(title)}"]
     if subtitle:
-        parts.append(subtitle)
+        parts.append(inline_markdown(subtitle))
     if facts:
-        parts.append("\n".join(f"- {fact.name}: **{fact.value}**" for fact in facts))
+        parts.append("\n".join(f"- {markdown(fact.name)}: **{markdown(fact.value)}**" for fact in facts))
     for section in sections:
-        parts.append(f"## {section.title}")
-        parts += section.text
+        parts.append(f"## {markdown(section.title)}")
+        parts += [inline_markdown(text) for text in section.text]
         for item in section.items:
             if isinstance(item, Table):
-                parts.append(
-                    f"{item.caption} ([CSV](tables/{item.name}.csv), [LaTeX](tables/{item.name}.tex))"
-                )
+                links = f"[CSV](tables/{item.name}.csv), [LaTeX](tables/{item.name}.tex)"
+                parts.append(f"{inline_markdown(item.caption)} ({links})")
                 parts.append(item.to_markdown())
             else:
-                parts.append(f"![{item.title}](figures/{item.name}.svg)")
-                parts.append(
-                    f"**{item.title}.** {item.caption} ([data](figures/{item.name}.csv), "
-                    f"[SVG](figures/{item.name}.svg))"
-                )
+                parts.append(f"![{markdown(item.title)}](figures/{item.name}.svg)")
+                links = f"[data](figures/{item.name}.csv), [SVG](figures/{item.name}.svg)"
+                parts.append(f"**{markdown(item.title)}.** {inline_markdown(item.caption)} ({links})")
     return "\n\n".join(parts) + "\n"

@@ -9,6 +9,7 @@ import csv
 import html
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -100,7 +101,7 @@ class Table:
         """A pipe table."""
         bold = self._bold()
         lines = [
-            "| " + " | ".join(_pipe(column.title) for column in self.columns) + " |",
+            "| " + " | ".join(markdown(column.title) for column in self.columns) + " |",
             "|"
             + "|".join(" ---: " if self._is_number(i) else " --- " for i in range(len(self.columns)))
             + "|",
@@ -108,7 +109,7 @@ class Table:
         for index, row in enumerate(self.rows):
             cells = []
             for position, (cell, column) in enumerate(zip(row, self.columns, strict=True)):
-                text = _pipe(show(cell, column.format))
+                text = markdown(show(cell, column.format))
                 cells.append(f"**{text}**" if (index, position) in bold else text)
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
@@ -200,5 +201,18 @@ def latex(text: str) -> str:
     return "".join(parts)
 
 
-def _pipe(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+# What Markdown would read as more than text: marks of code, emphasis, links and cells, HTML, and underscores
+# at the ends of words.
+_MARKS = re.compile(r"[\\`*|\[~]|(?<![^\W_])_|_(?![^\W_])")
+
+
+def markdown(text: str) -> str:
+    """Plain text, such as a name, for Markdown on one line."""
+    escaped = html.escape(" ".join(text.splitlines()), quote=False)
+    return _MARKS.sub(r"\\\g<0>", escaped)
+
+
+def inline_markdown(text: str) -> str:
+    """Text with ```code``` and ``**bold**`` for Markdown, HTML in it as text."""
+    parts = " ".join(text.splitlines()).split("`")
+    return "`".join(part if index % 2 else html.escape(part, quote=False) for index, part in enumerate(parts))

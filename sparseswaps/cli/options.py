@@ -52,10 +52,11 @@ def check_output(folder: Path) -> None:
             pass
 
 
-def check_count(name: str, value: int | None, least: int = 1) -> None:
-    """Raise ``InputError`` for a number below ``least``; None is none."""
-    if value is not None and value < least:
-        raise InputError(f"{name}: expected at least {least}, found {value}")
+def check_count(name: str, value: int | None, least: int = 1, most: int = 2**63 - 1) -> None:
+    """Raise ``InputError`` for a number below ``least`` or above ``most``; None is none."""
+    if value is not None and not least <= value <= most:
+        expected = f"at least {least}" if value < least else f"at most {most}"
+        raise InputError(f"{name}: expected {expected}, found {value}")
 
 
 def check_seconds(name: str, value: float | None) -> None:

@@ -15,6 +15,9 @@ from ..study import merge as merge_records
 from .options import Quiet, check_count, check_output
 from .output import console, error_console, progress_bars, quiet_libraries
 
+# More processes than any machine or cluster of the kind has.
+MOST_JOBS = 100_000
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
@@ -54,7 +57,7 @@ def study(
 
     sparseswaps study study.toml --backend dask --cluster tcp://host:8786
     """
-    check_count("jobs", jobs)
+    check_count("jobs", jobs, most=MOST_JOBS)
     if out is not None:
         check_output(out)
     quiet_libraries()

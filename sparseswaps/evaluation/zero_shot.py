@@ -29,7 +29,7 @@ from typing import Any
 from ..calibration.windows import bos_token
 from ..errors import InputError, InvalidModelError, SolverNotInstalledError
 from ..models.checkpoints import Trust
-from ..models.loading import LoadedModel, load_model, resolve_device
+from ..models.loading import LoadedModel, check_dtype, load_model, resolve_device
 from .beginning import AddBos
 from .measures import is_causal
 
@@ -123,7 +123,8 @@ def zero_shot(
         raise InputError("zero-shot tasks: expected at least one, found none")
     for count in ("limit", limit), ("batch_size", batch_size):
         _check_count(*count)
-    asked = AddBos.read(add_bos)
+    asked, _ = AddBos.read(add_bos), resolve_device(device)
+    check_dtype(dtype)
     begin = time.perf_counter()
     manager = _task_manager(tasks, task_path)
     name = os.fspath(model)

@@ -143,6 +143,15 @@ class Database(ABC):
                 raise
             self._connection.execute("COMMIT")
 
+    def _check_columns(self, connection: sqlite3.Connection, table: str, columns: Iterable[str]) -> None:
+        """Refuse a table without some column, whose quoted name SQLite would read as a text."""
+        found = {row[1] for row in connection.execute(f'PRAGMA table_info("{table}")')}
+        for column in columns:
+            if column not in found:
+                raise InvalidFileError(
+                    f"{self._where}, table {table}: expected a column {column}, found none of that name"
+                )
+
     def _row(self, kind: type[Row], values: Sequence[Any]) -> Row:
         """One record from the values of its columns, each of the type of its field."""
         checked = []

@@ -50,6 +50,8 @@ class RunDatabase(Database):
             "pass (number, name, mask BLOB, weight BLOB, PRIMARY KEY (number, name))",
         ):
             connection.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+        self._check_columns(connection, "layer", [*_LAYER_COLUMNS, "mask", "weight"])
+        self._check_columns(connection, "refinement", _STEP_COLUMNS)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def set(self, values: Mapping[str, Any]) -> None:

@@ -328,7 +328,8 @@ def check_rows(rows: StudyRows, where: str) -> StudyRows:
         units = study.get("units", 0)
         if not isinstance(study.get("name"), str) or isinstance(units, bool) or not isinstance(units, int):
             raise InvalidFileError(
-                f"{where}: expected a study with a name and a number of units, found {str(study)[:60]}"
+                f"{where}: expected facts with a name and a number of units, found "
+                f"{json.dumps(study, ensure_ascii=False)[:60]}"
             )
     everything: list[UnitRecord | ModelRecord] = [*rows.units, *rows.models]
     for record in everything:

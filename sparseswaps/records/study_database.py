@@ -13,7 +13,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -91,6 +91,9 @@ class StudyDatabase(Database):
             f"CREATE TABLE IF NOT EXISTS layer (unit, {names(_columns(LayerRecord))}, "
             "PRIMARY KEY (unit, name))"
         )
+        for name, (kind, _) in _TABLES.items():
+            self._check_columns(connection, name, _columns(kind))
+        self._check_columns(connection, "layer", ["unit", *_columns(LayerRecord)])
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def add_plan(self, study: str, facts: Mapping[str, Any], units: Iterable[PlannedUnit]) -> None:
@@ -302,7 +305,8 @@ class StudyDatabase(Database):
 
     def close(self) -> None:
         """Write everything to the one database file and let go of it."""
-        with closing(self._connection) as connection:
+        # what cannot be written now stays in the write-ahead log beside the file
+        with closing(self._connection) as connection, suppress(InvalidFileError):
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def __enter__(self) -> StudyDatabase:

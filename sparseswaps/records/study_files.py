@@ -162,7 +162,7 @@ def _facts(folder: Path, text: str) -> Mapping[str, Any]:
         raise InvalidFileError(
             f"rows of a study {folder / STUDIES}.parquet: expected JSON, found {error}"
         ) from error
-    if not isinstance(facts, dict):
+    if not isinstance(facts, dict) or "name" not in facts:
         raise InvalidFileError(
             f"rows of a study {folder / STUDIES}.parquet: expected facts with a name, found {text[:80]}"
         )

@@ -75,7 +75,7 @@ class CheckedTable:
         """Numbers, or one of them."""
         values = tuple(float(value) for value in self._list(key, default, (int, float), "numbers"))
         if any(not least <= value < math.inf for value in values):
-            self.wrong(key, f"finite numbers of at least {least:g}", repr(list(values)))
+            self.wrong(key, f"numbers of at least {least:g}", repr(list(values)))
         return values
 
     def any_list(self, key: str) -> list[Any]:

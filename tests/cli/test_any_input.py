@@ -193,6 +193,7 @@ def command_lines(folder: Path) -> st.SearchStrategy[Line]:
             lambda content: ([*before, at["given"], *after], {"given": content})
         )
 
+    counts = st.sampled_from(["--limit=0", "--limit=-1", "--batch-size=0", "--batch-size=-7"])
     pruning = options(
         "samples length seed evaluation-limit refine min-expert-tokens activation-limit rank-timeout damping "
         "sweeps shrinkage held-out residual",
@@ -230,14 +231,14 @@ def command_lines(folder: Path) -> st.SearchStrategy[Line]:
         st.binary(max_size=40).map(lambda text: (["study", at["given"], "--dry-run"], {"given": text})),
         lines("study", at["study.toml"], "--database", places, "--jobs=1", "--backend=sequential"),
         lines("study", at["study.toml"], "--database", str(folder / "work"), "--jobs=1"),
-        lines("study", at["study.toml"], "--database", at["record"], options("jobs", "backend cluster out")),
+        lines("study", at["study.toml"], "--database", at["record"], options("jobs", "backend cluster")),
         on("record", "export", after=("--out", out)),
         on("record", "merge", out),
         lines("merge", places, at["record"]),
         lines("export", at["record"], "--out", places),
         lines("report", at["record"], "--out", places),
         st.binary(max_size=99).map(lambda text: (["report", at["given"], "--out", out], {"given": text})),
-        lines("zero-shot", gone, options("limit batch-size", "tasks device dtype add-bos")),
+        lines("zero-shot", gone, counts, WORDS.map(lambda text: f"--device={text}")),
         lines("demo", "--out", places),
         lines(
             st.sampled_from(["prune", "solve", "report", "nothing", "solvers"]),
