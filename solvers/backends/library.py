@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...errors import InputError
 from ...problems.row_program import BoolArray, RowProgram
 from ..base import Status
 from ..bounds.convex_split import EPSILON, ROUNDING_FACTOR
@@ -52,6 +53,11 @@ class LibrarySolver(RowSolver):
     """
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.seed < 2**31:  # what the libraries' own options hold
+            raise InputError(f"seed of {self.name}: expected 0 to {2**31 - 1}, found {self.seed}")
 
     @abstractmethod
     def claim(self, program: RowProgram, start: BoolArray, deadline: float) -> Claim:

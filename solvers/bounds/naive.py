@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...problems.layer import LayerProblem
 from .layer_tier import LayerTier
-from .relaxed_rows import relax_rows, smallest_eigenvalue, unit_correlation
+from .relaxed_rows import float_named, relax_rows, smallest_eigenvalue, unit_correlation
 
 
 @final
@@ -41,5 +41,5 @@ class Naive(LayerTier):
         diagonal = torch.full((problem.cols,), lowest, dtype=torch.float64, device=problem.device)
         correlation.diagonal().sub_(lowest)
         return relax_rows(
-            problem, correlation, diagonal, self.steps, self.precision, deadline, getattr(torch, self.dtype)
+            problem, correlation, diagonal, self.steps, self.precision, deadline, float_named(self.dtype)
         ).bounds

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...errors import InputError
 from ...problems.layer import LayerProblem
 
 # Entries of one batch of rows; about ten arrays of this size are alive at once.
@@ -309,3 +310,14 @@ class _Batch:
             mu = torch.where(outside, (low + high) / 2, newton)
         self.multiplier = mu
         return (blocks - mu * inverse).clamp(0, 1).view_as(point)
+
+
+def float_named(dtype: str) -> torch.dtype:
+    """The dtype of relaxations that is called so.
+
+    Raises:
+        InputError: for anything but ``float32`` and ``float64``.
+    """
+    if dtype not in ("float32", "float64"):
+        raise InputError(f"dtype of a bound: expected float32 or float64, found {dtype!r}")
+    return torch.float32 if dtype == "float32" else torch.float64

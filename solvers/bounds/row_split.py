@@ -28,7 +28,14 @@ from ...errors import InputError
 from ...problems.layer import LayerProblem
 from .layer_tier import LayerTier
 from .max_trace import max_trace_diagonal
-from .relaxed_rows import relax_rows, semidefinite, separable_bounds, smallest_eigenvalue, unit_correlation
+from .relaxed_rows import (
+    float_named,
+    relax_rows,
+    semidefinite,
+    separable_bounds,
+    smallest_eigenvalue,
+    unit_correlation,
+)
 
 # Share of the time left after the first relaxation that the diagonals may take.
 DIAGONAL_SHARE = 0.6
@@ -75,7 +82,7 @@ class RowSplit(LayerTier):
         base = min(lowest, 0.0)
         convex = correlation - base * torch.eye(problem.cols, dtype=torch.float64, device=problem.device)
         shared = torch.full_like(even, base)
-        dtype = getattr(torch, self.dtype)
+        dtype = float_named(self.dtype)
         first = relax_rows(problem, convex, shared, self.steps, self.precision, deadline, dtype)
         bounds = torch.maximum(bounds, first.bounds)
         found, own = self._diagonals(problem, convex, first.points, deadline)

@@ -22,7 +22,14 @@ from torch import Tensor
 from ...problems.layer import LayerProblem
 from .layer_tier import LayerTier
 from .max_trace import max_trace_diagonal
-from .relaxed_rows import RelaxedRows, relax_rows, separable_bounds, smallest_eigenvalue, unit_correlation
+from .relaxed_rows import (
+    RelaxedRows,
+    float_named,
+    relax_rows,
+    separable_bounds,
+    smallest_eigenvalue,
+    unit_correlation,
+)
 
 # Share of the remaining time that the search for a diagonal may take.
 DIAGONAL_SHARE = 0.4
@@ -56,7 +63,7 @@ class SharedSplit(LayerTier):
         # the same diagonal for every channel is a start that no interrupted search falls below
         convex = correlation - torch.diag(even)
         first = relax_rows(
-            problem, convex, even, self.steps, self.precision, deadline, getattr(torch, self.dtype)
+            problem, convex, even, self.steps, self.precision, deadline, float_named(self.dtype)
         )
         bounds = torch.maximum(bounds, first.bounds)
         weights = (problem.scaled_weight**2).sum(0)
@@ -87,5 +94,5 @@ class SharedSplit(LayerTier):
         diagonal = diagonal + min(0.0, smallest_eigenvalue(convex))
         convex = correlation - torch.diag(diagonal)
         return relax_rows(
-            problem, convex, diagonal, self.steps, self.precision, deadline, getattr(torch, self.dtype)
+            problem, convex, diagonal, self.steps, self.precision, deadline, float_named(self.dtype)
         )

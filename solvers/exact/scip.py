@@ -106,7 +106,9 @@ class SCIP(LibrarySolver):
         model.setParam("randomization/randomseedshift", self.seed)
         model.setParam("parallel/maxnthreads", 1)
         if deadline != float("inf"):
-            model.setParam("limits/time", max(0.01, deadline - time.monotonic()))
+            model.setParam(
+                "limits/time", min(1e20, max(0.01, deadline - time.monotonic()))
+            )  # 1e20 is its infinity
         if self.node_limit is not None:
             model.setParam("limits/totalnodes", self.node_limit)
 

@@ -77,7 +77,7 @@ def _said(connection: sqlite3.Connection) -> Iterator[None]:
     where = connection.where if isinstance(connection, Connection) else "database"
     try:
         yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter of names in a damaged schema
         raise _error(where, error) from error
 
 
