@@ -39,7 +39,7 @@ def from_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
         return found
     try:
         header = json.loads(found[_HEADER])
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return header if isinstance(header, dict) else {}
 

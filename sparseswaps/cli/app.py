@@ -129,8 +129,7 @@ def main() -> None:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    if code:
-        sys.exit(code)
+    sys.exit(code)
 
 
 def _run() -> int:

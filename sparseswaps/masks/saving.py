@@ -44,12 +44,22 @@ def dense_weights(loaded: LoadedModel, layers: Sequence[PrunableLayer]) -> Mappi
 
 
 def other_tensors(loaded: LoadedModel, layers: Sequence[PrunableLayer]) -> dict[str, Tensor]:
-    """Embeddings, norms, biases, buffers: all tensors in memory that are not those of ``layers``, by name."""
+    """Embeddings, norms, biases, buffers: all saved tensors but those of ``layers``, by name.
+
+    On the CPU, in the checkpoint's dtypes; where the model is offloaded, those of its blocks are read.
+    """
     pruned = {layer.parameter_name for layer in layers}
-    named = [*loaded.model.named_parameters(), *loaded.model.named_buffers()]
-    return {
-        name: tensor.detach().cpu() for name, tensor in named if name not in pruned and not tensor.is_meta
-    }
+    residence, saved = loaded.residence, loaded.model.state_dict().keys()
+    found: dict[str, Tensor] = {}
+    for name, tensor in [*loaded.model.named_parameters(), *loaded.model.named_buffers()]:
+        if name not in saved or name in pruned:
+            continue
+        dtype = loaded.dtypes.get(name, tensor.dtype)
+        if tensor.is_meta and isinstance(residence, OffloadedBlocks):
+            found[name] = residence.parameter(name, dtype)
+        else:
+            found[name] = tensor.detach().to("cpu", dtype)
+    return found
 
 
 class _InFiles(Mapping[str, Tensor]):

@@ -238,7 +238,7 @@ def test_a_full_disk_is_one_sentence(dense: Path, text: Path, tmp_path: Path) ->
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
     # numba must not write its cache under this limit
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "numba")}

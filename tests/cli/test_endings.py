@@ -20,6 +20,7 @@ from sparseswaps.cli import app
 from sparseswaps.errors import InvalidFileError, file_errors
 from sparseswaps.masks.packing import unpack_bytes
 from sparseswaps.problems import load_instance, save_instance
+from sparseswaps.problems.files import as_metadata, from_metadata
 from sparseswaps.records.run import LayerRecord
 from sparseswaps.records.run_database import RunDatabase
 from sparseswaps.study import StudyDatabase, build_report, export, run_study
@@ -148,7 +149,9 @@ def test_an_interrupt_is_one_word(
     assert run([], capsys) == (130, "interrupted\n")
 
 
-@pytest.mark.parametrize("command", [["solvers"], ["solve", "INSTANCE", "--json"]], ids=["table", "json"])
+@pytest.mark.parametrize(
+    "command", [["solvers"], ["solve", "INSTANCE", "--json", "--quiet"]], ids=["table", "json"]
+)
 def test_a_reader_that_stops_ends_the_command_quietly(command: list[str], tmp_path: Path) -> None:
     save_instance(ss.synthetic_layer("correlated", 300, 8, "0.5"), tmp_path / "instance")
     arguments = [str(tmp_path / "instance") if part == "INSTANCE" else part for part in command]
@@ -224,13 +227,16 @@ def test_instances_without_metadata_are_named(tmp_path: Path) -> None:
 
     save_instance(ss.synthetic_layer("correlated", 2, 8, "0.5"), tmp_path / "whole")
     with safe_open(tmp_path / "whole", "pt") as file:
-        metadata = file.metadata()
+        metadata = from_metadata(file.metadata())
         tensors = {name: file.get_tensor(name) for name in ("weight", "gram")}
     for key in ("pattern", "name", "tokens", "provenance"):
-        save_file(tensors, tmp_path / "part", {name: text for name, text in metadata.items() if name != key})
+        part = {name: text for name, text in metadata.items() if name != key}
+        save_file(tensors, tmp_path / "part", as_metadata(part))
         with pytest.raises(InvalidFileError, match=f"instance file .*part: metadata {key}: expected"):
             load_instance(tmp_path / "part")
-    save_file({**tensors, "drift_linear": tensors["weight"].clone()}, tmp_path / "part", metadata)
+    save_file(
+        {**tensors, "drift_linear": tensors["weight"].clone()}, tmp_path / "part", as_metadata(metadata)
+    )
     with pytest.raises(InvalidFileError, match="drift: expected drift_linear and drift_constant"):
         load_instance(tmp_path / "part")
 
