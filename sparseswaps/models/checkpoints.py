@@ -55,7 +55,7 @@ _AUTO_CLASSES = (
     "AutoModel",
 )
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-# Buffers that old checkpoints hold and transformers computes.
+# Buffers that old checkpoints hold although transformers computes them: nothing is lost with them.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
 
@@ -421,7 +421,7 @@ def _differences(
         for name, found, expected in sorted(report["mismatched_keys"])
     )
     # names that a class says may be dropped are left out of the report
-    patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_COMPUTED]
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     known = model.state_dict().keys()
     prefix = f"{model.base_model_prefix}."
     silent = {
@@ -430,11 +430,12 @@ def _differences(
         if any(re.search(pattern, key) for pattern in patterns)
         and not {key, prefix + key, key.removeprefix(prefix)} & known
     }
-    return (
-        tuple(sorted(report["missing_keys"])),
-        mismatched,
-        tuple(sorted({*report["unexpected_keys"], *silent})),
-    )
+    unread = {
+        key
+        for key in {*report["unexpected_keys"], *silent}
+        if not any(re.search(pattern, key) for pattern in _COMPUTED)
+    }
+    return tuple(sorted(report["missing_keys"])), mismatched, tuple(sorted(unread))
 
 
 def checkpoint_tensors(source: Source) -> dict[str, Path]:
