@@ -233,7 +233,7 @@ def test_ctrl_c_keeps_the_record_and_resume_finishes(dense: Path, text: Path, tm
 
 
 def test_files_that_may_not_grow_are_one_sentence(dense: Path, text: Path, tmp_path: Path) -> None:
-    """No file may grow beyond a limit; SQLite does not call that a full disk (for which see ``test_endings``)."""
+    """No file may grow beyond a limit; SQLite does not call that a full disk (see ``test_endings``)."""
     out = tmp_path / "out"
 
     def limit() -> None:
