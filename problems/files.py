@@ -35,13 +35,16 @@ def as_metadata(header: Mapping[str, str]) -> dict[str, str]:
 def from_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     """The facts in a file's metadata; in files of earlier versions each has a key of its own."""
     found = dict(metadata or {})
-    if _HEADER not in found:
-        return found
+    return found if _HEADER not in found else json_object(found[_HEADER]) or {}
+
+
+def json_object(text: str) -> dict[str, Any] | None:
+    """The object in a JSON text, None where there is another thing."""
     try:
-        header = json.loads(found[_HEADER])
+        found = json.loads(text)
     except (ValueError, RecursionError):
-        return {}
-    return header if isinstance(header, dict) else {}
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def save_instance(
@@ -169,10 +172,7 @@ def _problem(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Laye
 def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     """The JSON object in one entry of the metadata."""
     text = metadata.get(key, "")
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+    found = json_object(text)
+    if found is None:
         raise InvalidFileError(f"metadata {key}: expected an object of JSON, found {text[:60]!r}")
     return found

@@ -11,12 +11,12 @@ from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
+import command_line
 import pytest
 import tiny_models
 import torch
 
 import sparseswaps as ss
-import sparseswaps.cli
 from sparseswaps.cli.app import COMMANDS, load
 from sparseswaps.cli.options import option_parameters, read_options
 from sparseswaps.solvers.registry import parse_solver
@@ -46,22 +46,15 @@ def make_home(folder: Path) -> None:
     (folder / "other.txt").write_text(tiny_models.text(3_000, seed=1))
 
 
-def run_command(line: str, monkeypatch: pytest.MonkeyPatch, more: Mapping[str, str] | None = None) -> None:
+def run_command(line: str, more: Mapping[str, str] | None = None) -> None:
     """Run one command line in this process.
 
     Args:
         line: as a reader would type it.
-        monkeypatch: puts it into ``sys.argv``.
         more: by line, what is added because the real thing is too large or needs a network.
     """
-    words = shlex.split(line + (more or {}).get(line, ""), comments=True)
-    monkeypatch.setattr(sys, "argv", [NAMES.get(word, word) for word in words])
-    code = 0
-    try:
-        sparseswaps.cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    assert code == 0, line
+    _, *words = shlex.split(line + (more or {}).get(line, ""), comments=True)
+    assert command_line.run(*(NAMES.get(word, word) for word in words)) == 0, line
 
 
 def run_document(
@@ -74,7 +67,7 @@ def run_document(
 
     Args:
         text: Markdown; a TOML block becomes ``mine.toml``.
-        monkeypatch: see ``run_command``.
+        monkeypatch: makes programs importable as ``document``.
         toml: replacements in TOML blocks, for the size of the small model.
         more: see ``run_command``.
     """
@@ -82,7 +75,7 @@ def run_document(
     for language, content in blocks(text, "sh", "python", "toml"):
         if language == "sh":
             for line in commands(content):
-                run_command(line, monkeypatch, more)
+                run_command(line, more)
                 ran += 1
         elif language == "python":
             # dataclasses look their module up

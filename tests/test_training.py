@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import pytest
 import tiny_models
@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 import sparseswaps as ss
-import sparseswaps.cli
 from sparseswaps.errors import InvalidFileError, InvalidModelError
 from sparseswaps.masks.file import load_masks, save_masks, verify_model
 from sparseswaps.models.blocks import find_blocks
@@ -158,21 +157,15 @@ def test_masks_are_put_on_again_after_merging_by_hand(pruned: Path, tmp_path: Pa
     assert not verify_model(model, file).ok
 
 
-def test_the_command_prunes_a_merged_model_again(
-    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_prunes_a_merged_model_again(pruned: Path, tmp_path: Path) -> None:
     model = load_model(pruned, dtype="checkpoint")
     for block in find_blocks(model.model, routers=True):
         for number, layer in enumerate(block.layers):
             layer.write(layer.weight + low_rank(layer.weight, number))
     model.model.save_pretrained(tmp_path / "merged")
-    merged, out = str(tmp_path / "merged"), str(tmp_path / "out")
-    apply = ["apply", merged, "--masks", str(pruned), "--out", out, "--other-weights"]
-    for words in (apply, ["verify", out]):
-        monkeypatch.setattr(sys, "argv", ["sparseswaps", *words])
-        with pytest.raises(SystemExit) as stop:
-            sparseswaps.cli.main()
-        assert not stop.value.code
+    merged, out = tmp_path / "merged", tmp_path / "out"
+    assert command_line.run("apply", merged, "--masks", pruned, "--out", out, "--other-weights") == 0
+    assert command_line.run("verify", out) == 0
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")

@@ -98,7 +98,9 @@ def load(name: str) -> Any:
     commands = typer.Typer(rich_markup_mode="rich", context_settings=SETTINGS)
     commands.callback()(lambda: None)
     module.register(commands)
-    return get_group(commands).commands[name]
+    command: Any = get_group(commands).commands[name]
+    command.context_settings = SETTINGS  # its own, as it remembers the help option of its first context
+    return command
 
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}

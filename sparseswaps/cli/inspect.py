@@ -14,8 +14,8 @@ from ..evaluation.beginning import AddBos, begun_windows
 from ..evaluation.measures import is_causal
 from ..machine import versions
 from ..models.blocks import check_finite, find_blocks
-from ..models.checkpoints import Trust
 from ..models.loading import load_model, resolve_device
+from ..models.sources import Trust
 from ..problems.files import save_instance
 from ..problems.pattern import PatternRule
 from ..pruning.pipeline import layer_problems

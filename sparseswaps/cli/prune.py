@@ -17,8 +17,8 @@ from ..machine import versions
 from ..masks.file import apply_masks, load_masks, verify_model
 from ..masks.output import claimed
 from ..masks.saving import save_model
-from ..models.checkpoints import Trust
 from ..models.loading import load_model, resolve_device
+from ..models.sources import Trust
 from ..progress import Progress
 from ..pruning.report import PruneReport
 from ..pruning.run import prune as run_prune
@@ -27,7 +27,6 @@ from .options import (
     AllowPickle,
     Quiet,
     TrustRemoteCode,
-    check_output,
     read_options,
     tell_of_former,
     with_options,
@@ -106,8 +105,6 @@ def prune(
         raise InputError(f"rank timeout: expected seconds above 0, found {rank_timeout:g}")
     if chosen.calibration is None:
         raise InputError("prune: expected --calibration FILE_OR_DATASET, found none")
-    if out is not None:
-        check_output(out)
     quiet_libraries()
     try:
         with joined(machine.device, rank_timeout) as ranks, _bars_of(ranks, quiet) as bars:
@@ -276,7 +273,6 @@ def apply(
 
     sparseswaps apply ./llama --masks pruned/masks.safetensors --out pruned-again
     """
-    check_output(out)
     quiet_libraries()
     with claimed(out):
         file = load_masks(masks)

@@ -12,7 +12,7 @@ from rich.table import Table
 from ..evaluation.beginning import AddBos
 from ..evaluation.zero_shot import SEVEN_TASKS, ZeroShotReport
 from ..evaluation.zero_shot import zero_shot as run_zero_shot
-from ..models.checkpoints import Trust
+from ..models.sources import Trust
 from .options import AllowPickle, TrustRemoteCode
 from .output import console, print_json, quiet_libraries
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..calibration.windows import Windows, evaluation_windows, for_model, window_length
 from ..errors import InputError
 from ..masks.saving import SETTINGS_FILE
-from ..models.checkpoints import Trust
 from ..models.loading import LoadedModel, check_dtype, load_model, resolve_device
+from ..models.sources import Trust
 from .beginning import AddBos, Beginning, begun_windows
 from .measures import compared_output, is_causal, mean_cosine
 from .quality import model_embeddings, model_perplexity

@@ -28,8 +28,8 @@ from typing import Any
 
 from ..calibration.windows import bos_token
 from ..errors import InputError, InvalidModelError, SolverNotInstalledError
-from ..models.checkpoints import Trust
 from ..models.loading import LoadedModel, check_dtype, load_model, resolve_device
+from ..models.sources import Trust
 from .beginning import AddBos
 from .measures import is_causal
 

@@ -26,7 +26,7 @@ from ..errors import InputError, InvalidFileError, VerificationError, file_error
 from ..models.blocks import PrunableLayer, find_blocks, weight_hash
 from ..models.loading import LoadedModel
 from ..models.offload import Residence
-from ..problems.files import as_metadata, from_metadata
+from ..problems.files import as_metadata, from_metadata, json_object
 from ..problems.pattern import Pattern, pattern_of
 from .packing import PackedMasks, masked, pack_mask
 
@@ -178,11 +178,8 @@ def load_masks(path: str | os.PathLike[str]) -> MaskFile:
 
 def _layer_facts(source: Path, text: str) -> dict[str, LayerMask]:
     """Facts of every layer from the metadata of a mask file."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not found:
+    found = json_object(text)
+    if not found:
         raise InvalidFileError(f"mask file {source}: expected facts of layers, found {text[:60]!r}")
     kinds = {
         each.name: get_args(hint) or (hint,)

@@ -31,9 +31,10 @@ def claimed(folder: Path, resume: bool = False) -> Iterator[None]:
     Raises:
         InvalidFileError: if another process writes there, if it holds anything else, or cannot be made.
     """
-    if not (folder / LOCK_FILE).exists():
-        _check(folder, resume)
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    with file_errors(f"output {folder}"):
+        if not (folder / LOCK_FILE).exists():
+            _check(folder, resume)
+        made = [each for each in (folder, *folder.parents) if not each.exists()]
     lock = FileLock(folder / LOCK_FILE)
     try:
         folder.mkdir(parents=True, exist_ok=True)

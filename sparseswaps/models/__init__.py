@@ -1,9 +1,9 @@
 """Hugging Face models: loaded, offloaded, and as blocks of prunable layers."""
 
 from .blocks import Block, PrunableLayer, find_blocks, max_length, model_kind, weight_hash
-from .checkpoints import Trust
 from .loading import LoadedModel, load_model, resolve_device
 from .offload import Residence
+from .sources import Trust
 
 __all__ = [
     "Block",

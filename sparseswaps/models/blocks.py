@@ -123,9 +123,9 @@ def find_blocks(
                 # parameters of an offloaded model have no storage: there a tied one is the same object
                 place = id(getattr(layer.module, layer.parameter)) if stored.is_meta else stored.data_ptr()
                 identity = (place, tuple(stored.shape), int(stored.storage_offset()))
-                chosen = not include or any(fnmatch.fnmatchcase(layer.name, p) for p in include)
-                chosen &= not any(fnmatch.fnmatchcase(layer.name, p) for p in exclude)
-                chosen &= layer.name not in dense
+                chosen = (not include or _matches(layer.name, include)) and not (
+                    _matches(layer.name, exclude) or layer.name in dense
+                )
                 # a tied weight is the same storage under a second name
                 if chosen and identity not in seen:
                     seen.add(identity)
@@ -138,6 +138,10 @@ def find_blocks(
             "found none"
         )
     return blocks
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def passed_over(
@@ -160,9 +164,9 @@ def passed_over(
                 continue
             if layer.name in routers:
                 found[layer.name] = "router"
-            elif any(fnmatch.fnmatchcase(layer.name, p) for p in exclude):
+            elif _matches(layer.name, exclude):
                 found[layer.name] = "excluded"
-            elif include and not any(fnmatch.fnmatchcase(layer.name, p) for p in include):
+            elif include and not _matches(layer.name, include):
                 found[layer.name] = "not included"
             else:
                 found[layer.name] = "tied to another layer"

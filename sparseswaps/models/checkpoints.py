@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and which class of transformers reads it.
+"""Which class of transformers reads a checkpoint.
 
 The class is decided by the tensors and the model type. The name in ``architectures`` counts if such a class
 exists for the model type; a class with a language-model head that reads tensors which the named one drops is
@@ -8,19 +8,17 @@ shapes and no values.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 
 from ..errors import InvalidModelError
+from .sources import Source, Trust, checkpoint_tensors, weight_options
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -54,52 +52,8 @@ _AUTO_CLASSES = (
     "AutoModelForSequenceClassification",
     "AutoModel",
 )
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # Buffers that old checkpoints hold although transformers computes them: nothing is lost with them.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
-
-
-@dataclass(frozen=True)
-class Trust:
-    """What of a checkpoint may run code of whoever made it.
-
-    Attributes:
-        pickle: weights in pickled files (``pytorch_model.bin``) may be read.
-        remote_code: Python files of the checkpoint may be imported.
-    """
-
-    pickle: bool = False
-    remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a checkpoint is.
-
-    Attributes:
-        name: as it was given.
-        place: directory or hub name, for transformers.
-        file: the ``.gguf`` file in it, or None.
-    """
-
-    name: str
-    place: str
-    file: str | None = None
-
-    @property
-    def folder(self) -> Path | None:
-        """The directory on this machine that holds its files: that of a hub's copy too, None if unknown."""
-        if Path(self.place).is_dir():
-            return Path(self.place)
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(self.place, "config.json")
-        return Path(found).parent if isinstance(found, str) else None
-
-    def options(self, trust: Trust) -> dict[str, Any]:
-        """Keyword arguments of every ``from_pretrained``."""
-        named = {} if self.file is None else {"gguf_file": self.file}
-        return {**named, "trust_remote_code": trust.remote_code}
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,104 +78,6 @@ class Reading:
     def whole(self) -> bool:
         """Whether every tensor of the model is in the checkpoint."""
         return not self.missing and not self.mismatched
-
-
-def locate(name: str, trust: Trust) -> Source:
-    """Where a checkpoint is, checked as far as its files alone tell.
-
-    Raises:
-        InvalidModelError: if nothing is there, or something that is not loaded.
-    """
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise InvalidModelError(
-                f"model {name}: expected a directory, a .gguf file or a hub name, found a file"
-            )
-        return Source(name, str(path.parent), path.name)
-    if not path.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1 or not re.fullmatch(r"[\w.\-/]+", name):
-            raise InvalidModelError(
-                f"model {name}: expected an existing directory or a hub name, found neither"
-            )
-        return Source(name, name)
-    _check_adapters(name, path)
-    if not (path / "config.json").is_file():
-        raise InvalidModelError(f"model {name}: expected a directory with config.json, found none in it")
-    _check_index(name, path)
-    has_tensors = any(path.glob("*.safetensors"))
-    pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind))
-    if not has_tensors and "pytorch_model.bin" in pickled + [f"{each.split('-')[0]}.bin" for each in pickled]:
-        if not trust.pickle:
-            raise InvalidModelError(
-                f"model {name}: expected weights as safetensors, found the pickled file {pickled[0]}, which "
-                "can run code when it is read; add --allow-pickle if you trust it"
-            )
-    elif not has_tensors:
-        raise InvalidModelError(f"model {name}: expected weights as *.safetensors, found none in it")
-    return Source(name, str(path))
-
-
-def _check_adapters(name: str, path: Path) -> None:
-    adapters = [file for file in _ADAPTER_FILES if (path / file).exists()]
-    if adapters:
-        beside = "beside the model" if (path / "config.json").is_file() else "and no model"
-        raise InvalidModelError(
-            f"model {name}: expected a model without an adapter, found {adapters[0]} {beside}; merge it into "
-            "its model first (peft: merge_and_unload, then save_pretrained) or move it away"
-        )
-
-
-def _check_index(name: str, path: Path) -> None:
-    """The files of a sharded checkpoint are in its directory."""
-    index = path / "model.safetensors.index.json"
-    if not index.is_file() or (path / "model.safetensors").is_file():
-        return
-    try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        outside = [file for file in files if Path(file).name != file]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidModelError(
-            f"model {name}: expected {index.name} with a weight_map, found {type(error).__name__}: {error}"
-        ) from error
-    if outside:
-        raise InvalidModelError(
-            f"model {name}: expected shards in its directory, found {outside[0]!r} in {index.name}"
-        )
-    for file in sorted(set(files)):
-        if not (path / file).is_file():
-            raise InvalidModelError(f"model {name}: expected the shard {file} of {index.name}, found none")
-
-
-def read_config(source: Source, trust: Trust) -> PretrainedConfig:
-    """The checkpoint's configuration.
-
-    Raises:
-        InvalidModelError: if it is quantised, or needs remote code that is not trusted.
-    """
-    import transformers
-
-    try:
-        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(
-            source.place, **source.options(trust)
-        )
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise InvalidModelError(
-            f"model {source.name}: expected a model type of transformers, found one that needs Python files "
-            "of the checkpoint; add --trust-remote-code if you trust them"
-        ) from error
-    if source.folder is not None:
-        _check_adapters(source.name, source.folder)
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is not None and source.file is None:
-        named = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
-        raise InvalidModelError(
-            f"model {source.name}: expected floating-point weights, found weights quantised by "
-            f"{named.get('quant_method', 'an unnamed method')}; prune the model before it is quantised"
-        )
-    return config
 
 
 def choose_reading(source: Source, config: PretrainedConfig, trust: Trust) -> Reading:
@@ -436,30 +292,3 @@ def _differences(
         if not any(re.search(pattern, key) for pattern in _COMPUTED)
     }
     return tuple(sorted(report["missing_keys"])), mismatched, tuple(sorted(unread))
-
-
-def checkpoint_tensors(source: Source) -> dict[str, Path]:
-    """The file of each tensor of a checkpoint of safetensors, by name."""
-    folder = source.folder
-    if folder is None or source.file is not None:
-        return {}
-    found: dict[str, Path] = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
-    return found
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors that transformers reads of a directory."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file() or not index.is_file():
-        return [single] if single.is_file() else []
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return [folder / name for name in sorted(names)]
-
-
-def weight_options(source: Source, trust: Trust) -> dict[str, Any]:
-    """Keyword arguments with which transformers reads weights."""
-    chosen = {} if trust.pickle or source.file is not None else {"use_safetensors": True}
-    return {**source.options(trust), **chosen}

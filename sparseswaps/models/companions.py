@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InvalidModelError, VerificationError
-from .checkpoints import Source, checkpoint_tensors
+from .sources import Source, checkpoint_tensors
 
 if TYPE_CHECKING:
     from .loading import LoadedModel

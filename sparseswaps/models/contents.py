@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import InvalidFileError
-from .checkpoints import Source, Trust, locate, weight_files
+from .sources import Source, Trust, locate, weight_files
 
 # Files of so many bytes are remembered; smaller ones are read at once.
 REMEMBERED = 1 << 20

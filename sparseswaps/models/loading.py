@@ -13,18 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, InvalidModelError
-from .checkpoints import (
-    Reading,
-    Source,
-    Trust,
-    choose_reading,
-    locate,
-    read_config,
-    require_whole,
-    tell_of_unread,
-    weight_options,
-)
+from .checkpoints import Reading, choose_reading, require_whole, tell_of_unread
 from .offload import OffloadedBlocks, Residence, load_offloaded, require_accelerate
+from .sources import Source, Trust, locate, read_config, weight_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

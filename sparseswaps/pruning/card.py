@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..models.checkpoints import Source
+from ..models.sources import Source
 from .report import PruneReport
 
 CARD_FILE = "README.md"
@@ -23,26 +23,26 @@ def model_card(report: PruneReport, origin: Source | None) -> str:
     """
     from huggingface_hub import ModelCardData
 
-    base = _hub_name(report.model, origin)
-    dense = _front_matter(origin)
+    base, dense = _hub_name(report.model, origin), _front_matter(origin)
     front = ModelCardData(
         base_model=base,
         tags=["sparseswaps", "pruned", "sparse"],
         **{"library_name": "transformers", **{key: dense[key] for key in _KEPT if key in dense}},
     )
-    name = base or Path(report.model).name
-    settings = report.settings
-    bounds = f"{report.sparsity:.2%} of the weights of {_count(report)} are zero ({settings.mode})"
+    settings, causal = report.settings, report.perplexity_pruned is not None
+    left_dense = sum(layer.left_dense for layer in report.layers)
+    layers = f"{len(report.layers)} layers" + (f" ({left_dense} of them left dense)" if left_dense else "")
+    loader = "AutoModelForCausalLM" if causal else "AutoModel"
     lines = [
         "---",
         front.to_yaml(),
         "---",
         "",
-        f"# {name}, pruned",
+        f"# {base or Path(report.model).name}, pruned",
         "",
-        f"{bounds}. The masks were found with [sparseswaps](https://arxiv.org/abs/2512.10922) "
-        f"{report.versions.get('sparseswaps', '')}: pattern `{settings.pattern}`, solver "
-        f"`{settings.plain()['solver']}`.",
+        f"{report.sparsity:.2%} of the weights of {layers} are zero: pattern `{settings.pattern}`, solver "
+        f"`{settings.plain()['solver']}` of sparseswaps {report.versions['sparseswaps']}, an independent "
+        "implementation of [SparseSwaps](https://arxiv.org/abs/2512.10922).",
         "",
         "| | dense | pruned |",
         "|---|---|---|",
@@ -66,27 +66,18 @@ def model_card(report: PruneReport, origin: Source | None) -> str:
         "The directory is an ordinary checkpoint whose pruned weights are zeros:",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM"
-        if report.perplexity_pruned is not None
-        else "from transformers import AutoModel",
+        f"from transformers import {loader}",
         "",
-        f"model = {'AutoModelForCausalLM' if report.perplexity_pruned is not None else 'AutoModel'}"
-        '.from_pretrained("DIRECTORY")',
+        f'model = {loader}.from_pretrained("DIRECTORY")',
         "```",
         "",
         "```sh",
         "sparseswaps verify DIRECTORY   # every zero and every kept weight, by masks.safetensors",
-        "vllm serve DIRECTORY",
+        *(["vllm serve DIRECTORY"] if causal else []),
         "```",
         "",
     ]
     return "\n".join(lines)
-
-
-def _count(report: PruneReport) -> str:
-    pruned = [layer for layer in report.layers if not layer.left_dense]
-    dense = len(report.layers) - len(pruned)
-    return f"{len(pruned)} layers" + (f" ({dense} were left dense)" if dense else "")
 
 
 def _quality(report: PruneReport) -> list[str]:

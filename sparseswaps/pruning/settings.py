@@ -21,8 +21,8 @@ from typing import Any, Self
 from ..calibration.windows import Windows
 from ..errors import InputError
 from ..evaluation.beginning import AddBos
-from ..models.checkpoints import Trust
 from ..models.loading import check_dtype
+from ..models.sources import Trust
 from ..problems.pattern import PatternRule
 from ..ranks import Ranks
 from ..solvers import Group, OneSwap, Solver, Wanda

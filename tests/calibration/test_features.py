@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import pytest
 import tiny_families
@@ -15,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sparseswaps as ss
-import sparseswaps.cli
 from sparseswaps.calibration.logits import logits_of
 from sparseswaps.calibration.windows import Windows, calibration_windows, evaluation_windows, for_model
 from sparseswaps.models import loading
@@ -391,14 +391,9 @@ def test_logits_of_samples_have_one_position() -> None:
     assert logits_of(output(logits=torch.rand(2, 3, 4, 4))) is None
 
 
-def test_the_command_line_names_what_is_compared(
-    saved: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_names_what_is_compared(saved: Any, capsys: pytest.CaptureFixture[str]) -> None:
     source, file, _ = saved("vit")
     given = ["--solver", "wanda", "--samples", "8", "--calibration", str(file), "--evaluation", str(file)]
-    monkeypatch.setattr("sys.argv", ["sparseswaps", "prune", str(source), *given])
-    with pytest.raises(SystemExit) as left:
-        sparseswaps.cli.main()
-    assert left.value.code in (0, None)
+    assert command_line.run("prune", source, *given) == 0
     said = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "to the dense model's last_hidden_state, mean-pooled (8 samples)" in said

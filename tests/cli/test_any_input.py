@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import command_line
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sparseswaps as ss
-import sparseswaps.cli
 from sparseswaps.masks.file import layer_mask, save_masks
 from sparseswaps.problems import save_instance
 from sparseswaps.solvers.registry import SOLVERS
@@ -41,16 +40,7 @@ EXAMPLES = 2400
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Exit code and standard error of one command, in this process."""
-    before = sys.argv
-    sys.argv = ["sparseswaps", *arguments]
-    try:
-        sparseswaps.cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = before
-    return code, capsys.readouterr().err
+    return command_line.run(*arguments), capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

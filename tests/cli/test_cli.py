@@ -11,11 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import command_line
 import pytest
 import tiny_models
 import torch
 
-import sparseswaps.cli
 from sparseswaps.masks.file import MASK_FILE, load_masks
 from sparseswaps.masks.output import RECORD_FILE
 from sparseswaps.records.run_database import RunDatabase
@@ -50,15 +50,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of one command, in this process."""
-    before = sys.argv
-    sys.argv = ["sparseswaps", *map(str, arguments)]
-    try:
-        sparseswaps.cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = before
+    code = command_line.run(*arguments)
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

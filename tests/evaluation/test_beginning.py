@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import processes
 import pytest
@@ -19,7 +20,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import sparseswaps as ss
-import sparseswaps.cli
 from sparseswaps.calibration.windows import calibration_windows, evaluation_windows
 from sparseswaps.evaluation.beginning import AddBos, Beginning, decide_beginning
 from sparseswaps.masks.output import RECORD_FILE
@@ -339,16 +339,12 @@ def test_the_first_process_decides_for_all(home: Path, tmp_path: Path) -> None:
 
 
 def run(*words: object) -> None:
-    sys.argv = ["sparseswaps", *map(str, words)]
-    with pytest.raises(SystemExit) as stop:
-        sparseswaps.cli.main()
-    assert not stop.value.code
+    assert command_line.run(*words) == 0
 
 
 def test_the_commands_say_what_was_decided(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.chdir(home)
     line = "beginning-of-text token: in front of every window (auto: loss of 2 windows "
     windows = ("--samples", 12, "--length", LENGTH)

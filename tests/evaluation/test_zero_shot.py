@@ -7,15 +7,14 @@ import json
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 
+import command_line
 import pytest
 import tiny_models
 import torch
 import transformers
 
-import sparseswaps.cli
 from sparseswaps.errors import InputError, InvalidModelError, SolverNotInstalledError
 from sparseswaps.evaluation.zero_shot import SEVEN_TASKS, write_atomically, zero_shot
 from sparseswaps.models.loading import load_model
@@ -108,15 +107,11 @@ def by_hand(front: list[int] | None = None) -> tuple[list[bool], list[bool]]:
 # the harness and its libraries: sockets of a hub that is not asked, a module that names its successor
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_scores_are_those_of_the_likelihoods(
-    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "results" / "zero-shot.json"
-    words = ["sparseswaps", "zero-shot", str(DEMO_MODEL), "--tasks", "python_words"]
-    words += ["--task-path", str(tasks), "--out", str(out), "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as stop:
-        sparseswaps.cli.main()
-    assert not stop.value.code
+    words = ["--tasks", "python_words", "--task-path", tasks, "--out", out, "--device", "cpu"]
+    assert command_line.run("zero-shot", DEMO_MODEL, *words) == 0
     values = json.loads(out.read_text())
     assert [path.name for path in out.parent.iterdir()] == ["zero-shot.json"]  # nothing half-written is left
     (score,) = values["scores"]

@@ -23,8 +23,8 @@ import sparseswaps as ss
 from sparseswaps.errors import VerificationError
 from sparseswaps.masks import saving
 from sparseswaps.models import companions
-from sparseswaps.models.checkpoints import Source, Trust
 from sparseswaps.models.loading import load_model
+from sparseswaps.models.sources import Source, Trust
 from sparseswaps.pruning.settings import PruneSettings
 
 EXTRA = {

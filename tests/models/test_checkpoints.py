@@ -16,8 +16,8 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from sparseswaps.errors import InvalidModelError
-from sparseswaps.models.checkpoints import Trust
 from sparseswaps.models.loading import load_model
+from sparseswaps.models.sources import Trust
 
 
 def edited(folder: Path, **changes: Any) -> Path:

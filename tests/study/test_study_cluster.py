@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import command_line
 import pytest
 
-import sparseswaps.cli
 from sparseswaps.errors import InputError, SolverNotInstalledError
 from sparseswaps.study import StudyDatabase, parse_study, run_study
 from sparseswaps.study.cluster import Workers, run_unordered, workers
@@ -76,11 +76,7 @@ def test_the_documented_command_gives_the_rows_of_the_local_run(
     pytest.importorskip("distributed", reason="Dask is not installed")
     (tmp_path / "mine.toml").write_text(_toml(STUDY))
     monkeypatch.chdir(tmp_path)
-    words = ["sparseswaps", "study", "mine.toml", "--backend", "dask", "--jobs", "2"]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as stop:
-        sparseswaps.cli.main()
-    assert not stop.value.code
+    assert command_line.run("study", "mine.toml", "--backend", "dask", "--jobs", 2) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"{UNITS} units run, {UNITS - FAILED} done, {FAILED} failed, 0 with other processes" in said
     check(tmp_path / "mine.sqlite", local)
