@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sparseswaps as ss
+from sparseswaps.masks import MaskFile
 from sparseswaps.models.blocks import find_blocks, max_length
 
 SAMPLES, LENGTH, SECONDS = 8, 32, 60
@@ -102,7 +103,7 @@ def _walk(family: str, name: str, folder: Path, solver: str) -> Walked:
         return Walked(family, name, kind, "refused", str(error).replace(str(folder), "."))
     dense = getattr(tf, name).from_pretrained(folder / "dense").eval()
     pruned = getattr(tf, name).from_pretrained(folder / "pruned").eval()
-    check_weights(dense, pruned, ss.load_masks(folder / "pruned").masks, report)
+    check_weights(dense, pruned, ss.load_masks(folder / "pruned"), report)
     measure = check_quality(dense, pruned, inputs, report)
     return Walked(family, name, kind, "pruned", f"{len(report.layers)} layers, {measure}")
 
@@ -117,9 +118,7 @@ def _reads_what_it_writes(model: tf.PreTrainedModel, folder: Path) -> bool:
     return first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
 
 
-def check_weights(
-    dense: nn.Module, pruned: nn.Module, masks: dict[str, Tensor], report: ss.PruneReport
-) -> None:
+def check_weights(dense: nn.Module, pruned: nn.Module, file: MaskFile, report: ss.PruneReport) -> None:
     """Zeros where the masks prune, half of each row; everything else as it was, bit for bit."""
     assert report.sparsity > 0
     before, after = dense.state_dict(), pruned.state_dict()
@@ -129,9 +128,9 @@ def check_weights(
     for layer in report.layers:
         if not layer.sparsity:  # left dense
             continue
-        mask, place = masks[layer.name], places[layer.name]
+        mask, place, turned = file.masks[layer.name], places[layer.name], file.layers[layer.name].transposed
         assert bool((mask.sum(1) == mask.shape[1] - mask.shape[1] // 2).all()), layer.name
-        stored = mask.T if place.transposed else mask
+        stored = mask.T if (place.transposed if turned is None else turned) else mask
         key = place.parameter_name
         if place.expert is None:
             expected[key] *= stored

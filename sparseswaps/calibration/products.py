@@ -100,12 +100,12 @@ class _AxisObserver(TorchFunctionMode):
         product = _product(func, args, kwargs)
         if product is not None and product[1].ndim in (2, 3):
             _, weight, axis = product
-            storage = weight.untyped_storage().data_ptr()
+            storage = _storage(weight)
             for name, layer in self._parameters.items():
                 parameter: Tensor = getattr(layer.module, layer.parameter).detach()
                 if name in self.found or parameter.is_meta:
                     continue
-                if parameter.untyped_storage().data_ptr() == storage:
+                if _storage(parameter) == storage:
                     self._note(name, parameter, weight, axis)
         return func(*args, **(kwargs or {}))
 
@@ -140,6 +140,14 @@ def with_contracted_axes(blocks: Sequence[Block], forward: Callable[[], object])
     return [replace(block, layers=tuple(corrected(layer) for layer in block.layers)) for block in blocks]
 
 
+def _storage(tensor: Tensor) -> int | None:
+    """Where a tensor's values are, None for one without any of its own, as ``vmap`` hands out."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except NotImplementedError:
+        return None
+
+
 class WeightUse(TorchFunctionMode):
     """Which of some layers' weights take part in any operation, whether their module is called or not.
 
@@ -149,7 +157,7 @@ class WeightUse(TorchFunctionMode):
 
     def __init__(self, layers: Sequence[PrunableLayer]) -> None:
         super().__init__()
-        self._storages = {layer.stored.untyped_storage().data_ptr(): layer.name for layer in layers}
+        self._storages = {_storage(layer.stored): layer.name for layer in layers}
         self.used: set[str] = set()
 
     def __torch_function__(
@@ -158,7 +166,7 @@ class WeightUse(TorchFunctionMode):
         if getattr(func, "__name__", "") != "__get__":  # a shape or a dtype is no use of the values
             for leaf in pytree.tree_leaves((args, kwargs or {})):
                 if isinstance(leaf, Tensor) and not leaf.is_meta:
-                    name = self._storages.get(leaf.untyped_storage().data_ptr())
+                    name = self._storages.get(_storage(leaf))
                     if name is not None:
                         self.used.add(name)
         return func(*args, **(kwargs or {}))

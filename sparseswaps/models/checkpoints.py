@@ -53,7 +53,9 @@ _AUTO_CLASSES = (
     "AutoModel",
 )
 # Buffers that old checkpoints hold although transformers computes them: nothing is lost with them.
-_COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+_COMPUTED = re.compile(
+    r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.(attn|attention|self_attn)\.(masked_)?bias$"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +240,7 @@ def _read(source: Source, architecture: Any, config: PretrainedConfig, trust: Tr
     if source.file is not None:  # a .gguf file is read as a whole: what it lacks shows then
         with torch.device("meta"):
             return Reading(architecture, architecture._from_config(config), (), (), ())
-    with _silent_transformers():
+    with _silent_transformers(), _telling_all():
         skeleton, report = architecture.from_pretrained(
             source.place,
             config=config,
@@ -248,7 +250,31 @@ def _read(source: Source, architecture: Any, config: PretrainedConfig, trust: Tr
             ignore_mismatched_sizes=True,
             **weight_options(source, trust),
         )
-    return Reading(architecture, skeleton, *_differences(source, skeleton, report))
+    mismatched = tuple(
+        f"{name} {tuple(found)} instead of {tuple(expected)}"
+        for name, found, expected in sorted(report["mismatched_keys"])
+    )
+    unread = tuple(name for name in sorted(report["unexpected_keys"]) if not _COMPUTED.search(name))
+    return Reading(architecture, skeleton, tuple(sorted(report["missing_keys"])), mismatched, unread)
+
+
+@contextmanager
+def _telling_all() -> Iterator[None]:
+    """Tensors that a class says may be dropped in silence stay in transformers' report."""
+    from transformers import PreTrainedModel
+
+    base: Any = PreTrainedModel
+    adjust = base._adjust_missing_and_unexpected_keys
+
+    def without_exceptions(model: Any, report: Any) -> None:
+        model._keys_to_ignore_on_load_unexpected = set()
+        adjust(model, report)
+
+    base._adjust_missing_and_unexpected_keys = without_exceptions
+    try:
+        yield
+    finally:
+        base._adjust_missing_and_unexpected_keys = adjust
 
 
 @contextmanager
@@ -266,29 +292,3 @@ def _silent_transformers() -> Iterator[None]:
         chatter.set_verbosity(verbosity)
         if bars:
             chatter.enable_progress_bar()
-
-
-def _differences(
-    source: Source, model: PreTrainedModel, report: dict[str, Any]
-) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Missing, mismatched and unread tensors by transformers' report and by what it leaves out of that."""
-    mismatched = tuple(
-        f"{name} {tuple(found)} instead of {tuple(expected)}"
-        for name, found, expected in sorted(report["mismatched_keys"])
-    )
-    # names that a class says may be dropped are left out of the report
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    known = model.state_dict().keys()
-    prefix = f"{model.base_model_prefix}."
-    silent = {
-        key
-        for key in checkpoint_tensors(source)
-        if any(re.search(pattern, key) for pattern in patterns)
-        and not {key, prefix + key, key.removeprefix(prefix)} & known
-    }
-    unread = {
-        key
-        for key in {*report["unexpected_keys"], *silent}
-        if not any(re.search(pattern, key) for pattern in _COMPUTED)
-    }
-    return tuple(sorted(report["missing_keys"])), mismatched, tuple(sorted(unread))

@@ -21,6 +21,7 @@ from ..errors import InputError
 from ..evaluation.beginning import AddBos, Beginning, as_decided, decide_beginning
 from ..evaluation.measures import is_causal
 from ..models.blocks import Block, PrunableLayer, check_finite, device_of, find_blocks
+from ..models.companions import unread_tensors
 from ..models.inputs import Samples
 from ..models.loading import LoadedModel, load_model, resolve_device
 from .allocation import check_allocation
@@ -95,6 +96,8 @@ def gather_inputs(
         shapes = model
     else:
         shapes = load_model(model, target, machine.dtype, weights=False, trust=machine.trust)
+    if saved:
+        unread_tensors(shapes)  # those that cannot be kept refuse the run now
     length = window_length(shapes, settings.length, settings.calibration, settings.evaluation)
     asked = replace(settings, length=length)
     settings = with_stated_drifts(asked)

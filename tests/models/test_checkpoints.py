@@ -145,6 +145,20 @@ def test_tensors_that_a_class_may_ignore_are_unread_too(tmp_path: Path) -> None:
         assert load_model(tmp_path).unread == ("model.layers.61.eh_proj.weight",)
 
 
+def test_buffers_that_old_checkpoints_hold_are_no_unread_tensors(tmp_path: Path) -> None:
+    """GPT-2's causal masks, and the position numbers of BERT."""
+    gpt2 = {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4),
+        "transformer.h.0.attn.masked_bias": torch.ones(1),
+    }
+    bert = {"embeddings.position_ids": torch.arange(4)[None]}
+    for family, buffers in (("gpt2", gpt2), ("bert", bert)):
+        folder = with_tensors(
+            tiny_models.save(family, tmp_path / family), lambda t, new=buffers: t.update(new)
+        )
+        assert load_model(folder).unread == ()
+
+
 def test_whole_checkpoints_load_without_a_word(tmp_path: Path) -> None:
     for family in tiny_models.FAMILIES:
         with warnings.catch_warnings():

@@ -19,7 +19,7 @@ FAMILIES = (
     "xlm-roberta", "mpnet", "longformer", "deberta-v2", "electra", "albert", "modernbert", "esm", "t5",
     "bart", "pegasus", "pegasus_x", "marian", "switch_transformers", "vit", "swin", "dinov2", "dinov3_vit",
     "segformer", "vit_mae", "mgp-str", "whisper", "wav2vec2", "hubert", "audio-spectrogram-transformer",
-    "speecht5", "clip", "siglip", "llava", "qwen2_vl", "dpr",
+    "speecht5", "clip", "siglip", "llava", "qwen2_vl", "dpr", "llama4_text", "t5gemma2", "tipsv2",
 )  # fmt: skip
 
 
