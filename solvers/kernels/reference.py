@@ -12,7 +12,16 @@ Two searches, both until no swap has Δ < -limit, half the tolerated share of th
 - ``lazy``: per block, u0 and p0 have the lowest q of the kept and of the pruned weights; the candidate is
   u0 with its best partner or p0 with its best partner, whichever is lower, and the best candidate of all
   blocks is taken. If it does not improve, the second lowest q of both sides are tried in the same way, and
-  so on. Only if none of ``RANKS`` ranks improves, the swap with the lowest Δ of all is taken.
+  so on. Only if none of ``RANKS`` ranks improves, whole lines Δ(u, ·) are looked at, and the best swap of the
+  first one with an improving swap is taken: ``PROBES`` lines in the order of their bounds, then the others in
+  the order of u. No swap is left if no line has any.
+
+The bound of a line, with ``ρ_j = max_{i≠j} |R_ij|`` and ``s_j = |y_j| √ρ_j``, is
+
+    Δ(u, p) ≥ q_u + min_p (q_p - 2 t s_p) for every t ≥ s_u,    because |R_up| ≤ √(ρ_u ρ_p),
+
+with t the least of ``LEVELS`` levels ``max(s) (g/LEVELS)²``, so that the minima of all lines cost
+``LEVELS`` passes over p.
 
 A tabu walk starts from the optimum that the descent reached: each move is the best lazy candidate,
 improving or not, of weights that did not move in the last ``tenure`` moves, until ``patience`` moves have
@@ -33,7 +42,7 @@ import torch
 from torch import Tensor
 
 from .interface import BestSwaps, Descent, DescentOptions, ScaledProblem, unsolved
-from .scaling import NARROW_BLOCK, RANKS, REFRESHES, WALKS, rounding_noise
+from .scaling import LEVELS, NARROW_BLOCK, PROBES, RANKS, REFRESHES, WALKS, rounding_noise
 
 # Entries of Δ that are held at once.
 DELTA_ENTRIES = 1 << 24
@@ -319,6 +328,7 @@ class _Rows:
         R, weight, block = problem.correlation, problem.weight, problem.block
         self.correlation = R
         self.inside = torch.stack([R[i : i + block, i : i + block] for i in range(0, len(R), block)])
+        self.root = problem.root()
         self.mask = mask.clone()
         self.block = block
         self.delta = torch.where(mask, weight, -weight)
@@ -348,7 +358,7 @@ class _Rows:
             if rank < RANKS:
                 found = rows.candidate(rows.mask, ~rows.mask, rank)
             else:
-                found = rows._best_of_pairs(rows.mask, ~rows.mask)
+                found = rows._first_line(limit[stuck])
             change[stuck], pruned[stuck], restored[stuck] = found
         return change, pruned, restored
 
@@ -375,8 +385,9 @@ class _Rows:
         p0 = pruned_q.argsort(dim=2, stable=True)[..., rank : rank + 1]
         of_u0 = kept_q.gather(2, u0) + pruned_q + 2 * step.gather(2, u0) * step * inside[number, u0[..., 0]]
         of_p0 = pruned_q.gather(2, p0) + kept_q + 2 * step.gather(2, p0) * step * inside[number, p0[..., 0]]
-        partner, other = _first_argmin(of_u0)[..., None], _first_argmin(of_p0)[..., None]
-        change, other_change = of_u0.gather(2, partner), of_p0.gather(2, other)
+        (change, partner), (other_change, other) = (
+            (value[..., None], index[..., None]) for value, index in map(_first_min, (of_u0, of_p0))
+        )
         swapped = other_change < change
         change = torch.where(swapped, other_change, change)[..., 0]
         u, p = torch.where(swapped, other, u0)[..., 0], torch.where(swapped, p0, partner)[..., 0]
@@ -388,11 +399,39 @@ class _Rows:
             start + p.gather(1, best)[:, 0],
         )
 
-    def _best_of_pairs(self, kept: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _first_line(self, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(Δ, u, p) of the first line with a swap below ``-limit``; Δ is infinite where there is none."""
+        line, partner = (side.flatten(1) for side in _first_min(self._changes(self.mask, ~self.mask)))
+        bounds = self._line_bounds().masked_fill(~self.mask, torch.inf)
+        place = bounds.argsort(dim=1, stable=True).argsort(dim=1)
+        index = torch.arange(line.shape[1], device=line.device)
+        turn = torch.where(place < PROBES, place, PROBES + index)
+        u = turn.masked_fill(line >= -limit[:, None], PROBES + line.shape[1]).argmin(1)
+        change, inside = (side.gather(1, u[:, None])[:, 0] for side in (line, partner))
+        change = change.masked_fill(change >= -limit, torch.inf)
+        return change, u, u // self.block * self.block + inside
+
+    def _line_bounds(self) -> Tensor:
+        """Lower bounds of Δ(u, ·) for every u (rows, cols), see the module."""
+        q, _, _, shape = self._blocks()
+        spread = self.delta.abs() * self.root
+        grid = torch.arange(1, LEVELS + 1, dtype=q.dtype, device=q.device) / LEVELS
+        levels = spread.amax(1, keepdim=True) * grid * grid
+        level = torch.searchsorted(levels, spread).clamp_max(LEVELS - 1).view(shape)
+        others = q.masked_fill(self.mask.view(shape), torch.inf)
+        reach = 2 * levels[:, None, :, None] * spread.view(shape)[:, :, None, :]
+        lowest = (others[:, :, None, :] - reach).amin(3)
+        return (q + lowest.gather(2, level)).flatten(1)
+
+    def _changes(self, kept: Tensor, pruned: Tensor) -> Tensor:
+        """Δ of all pairs (rows, blocks, block, block), infinite but for the given ``kept`` × ``pruned``."""
         q, step, inside, shape = self._blocks()
         change = q[..., :, None] + q[..., None, :] + 2 * step[..., :, None] * step[..., None, :] * inside
-        change.masked_fill_(~(kept.view(shape)[..., :, None] & pruned.view(shape)[..., None, :]), torch.inf)
-        every = change.flatten(1)
+        pairs = kept.view(shape)[..., :, None] & pruned.view(shape)[..., None, :]
+        return change.masked_fill_(~pairs, torch.inf)
+
+    def _best_of_pairs(self, kept: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        every = self._changes(kept, pruned).flatten(1)
         pair = _first_argmin(every)
         start = pair // self.block**2 * self.block
         u, p = start + pair // self.block % self.block, start + pair % self.block
@@ -414,6 +453,12 @@ class _Rows:
         self.delta[row, restored] *= -1
         self.mask[row, pruned] = False
         self.mask[row, restored] = True
+
+
+def _first_min(values: Tensor) -> tuple[Tensor, Tensor]:
+    """First minimum along the last dimension, and its index."""
+    index = _first_argmin(values)
+    return values.gather(-1, index[..., None])[..., 0], index
 
 
 def _first_argmin(values: Tensor) -> Tensor:

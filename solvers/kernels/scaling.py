@@ -30,6 +30,10 @@ NARROW_BLOCK = 32
 REFRESHES = 64
 # Lines of so many of the lowest q of both sides are tried before all pairs are.
 RANKS = 16
+# Bounds of whole lines are computed for so many levels of s, see ``reference``.
+LEVELS = 32
+# Lines with the lowest bounds that are tried before all the others.
+PROBES = 16
 # The most tabu walks of a row; each starts from a better local optimum than the one before.
 WALKS = 32
 # Kept weights this much larger than the row's scale leave the range of float32 states.

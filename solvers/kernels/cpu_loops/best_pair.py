@@ -1,4 +1,4 @@
-"""The exact search for the best swap of a block.
+"""The search over all pairs of a row that reads few of them.
 
 It uses ``|R_up| ≤ √(ρ_u ρ_p)``, ``ρ_j = max_{i≠j} |R_ij|``, so with ``s_j = |y_j| √ρ_j``
 
@@ -14,16 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from ..scaling import LEVELS, PROBES
 from .compilation import Array, compiled
 from .minima import CHUNK, argmin, big_of, line_argmin, lower
 from .row_state import swap_change
 
 # Bounds are tested for so many pairs at once before they are tested one by one.
 PAIR_CHUNK = 16
-# Whole lines that the exact search looks at before it tests pairs.
-PROBES = 16
-# Levels of s for the bounds of a whole line.
-LEVELS = 32
+# Pairs whose bound beats the incumbent are looked up so many at a time.
+PAIR_LIST = 1024
 
 
 @compiled
@@ -37,18 +36,20 @@ def load_spread(weight: Array, root: Array, spread: Array, level: Array, levels:
         root: ``√ρ`` (cols,), rounded up.
         spread: ``s``, a result (cols,).
         level: levels, a result (cols,), integers.
-        levels: the grid (LEVELS + 1,), a result.
+        levels: the grid (LEVELS,), a result.
     """
     widest = weight.dtype.type(0)
     for j in range(len(weight)):
         spread[j] = abs(weight[j]) * root[j]
         widest = max(widest, spread[j])
-    for g in range(LEVELS + 1):
-        levels[g] = widest * weight.dtype.type((g / LEVELS) ** 2)
-    levels[LEVELS] = widest
+    for g in range(LEVELS):
+        levels[g] = widest * weight.dtype.type(((g + 1) / LEVELS) ** 2)
     share = weight.dtype.type(1) / widest if widest > 0 else weight.dtype.type(0)
     for j in range(len(weight)):
-        g = min(LEVELS, int(np.sqrt(spread[j] * share) * LEVELS))
+        g = min(LEVELS - 1, int(np.sqrt(spread[j] * share) * LEVELS))
+        # one too high where the root is not on the grid, one too low where it was rounded
+        while g > 0 and levels[g - 1] >= spread[j]:
+            g -= 1
         while levels[g] < spread[j]:
             g += 1
         level[j] = g
@@ -58,14 +59,14 @@ def load_spread(weight: Array, root: Array, spread: Array, level: Array, levels:
 def lowest_by_level(
     values: Array, spread: Array, levels: Array, first: int, last: int, lowest: Array
 ) -> None:
-    """``min_j (values_j - 2 t s_j)`` over [first, last) for every level t, into ``lowest`` (LEVELS + 1,)."""
+    """``min_j (values_j - 2 t s_j)`` over [first, last) for every level t, into ``lowest`` (LEVELS,)."""
     big = big_of(values)
     two = values.dtype.type(2)
     lowest[:] = big
     for start in range(first, last, CHUNK):
         stop = min(start + CHUNK, last)
         part, width = values[start:stop], spread[start:stop]
-        for g in range(LEVELS + 1):
+        for g in range(LEVELS):
             reach = two * levels[g]
             low = lowest[g]
             for i in range(len(part)):
@@ -82,50 +83,93 @@ def best_pair(
     levels: Array,
     kept_q: Array,
     pruned_q: Array,
-    first: int,
-    last: int,
+    block: int,
     limit: Any,
+    first_line: bool,
     lists: Array,
     work: Array,
 ) -> tuple[Any, int, int]:
-    """The best swap of a block with Δ ≤ ``limit``: (Δ, u, p), or (``limit``, -1, -1) if there is none.
+    """The best swap with Δ ≤ ``limit``, or with ``first_line`` that of the first line that has any.
+
+    Lines come in the order of ``reference``: a few with the lowest bounds, then the others by their index.
 
     Args:
         R: correlation (cols, cols).
         delta: ``δ`` (cols,).
         spread: ``s`` (cols,).
         level: level of each ``s`` (cols,), see ``load_spread``.
-        levels: the grid (LEVELS + 1,).
+        levels: the grid (LEVELS,).
         kept_q: ``a`` (cols,).
         pruned_q: ``b`` (cols,).
-        first: where the block begins.
-        last: where it ends.
+        block: width of the pattern's blocks.
         limit: Δ of a known swap, or the threshold of acceptance.
-        lists: work space (5, cols + PAIR_CHUNK), integers; the third row is left alone.
+        first_line: whether the first line with a swap below ``limit`` is enough.
+        lists: work space (5, cols + PAIR_LIST), integers; the third row is left alone.
         work: work space (6, cols).
+
+    Returns:
+        (Δ, u, p), or (``limit``, -1, -1) if there is none.
     """
+    cols = len(delta)
     two = delta.dtype.type(2)
     big = big_of(delta)
-    lowest = work[5, : LEVELS + 1]
-    kept_list, pruned_list = lists[0], lists[1]
-    lowest_by_level(pruned_q, spread, levels, first, last, lowest)
-    # a few whole lines with the lowest bounds: the best swap is nearly always on one of them
-    bounds = work[4]
-    for j in range(first, last):
-        bounds[j] = kept_q[j] + lowest[level[j]]
+    lowest, bounds = work[5, :LEVELS], work[4, :cols]
+    for first in range(0, cols, block):
+        lowest_by_level(pruned_q, spread, levels, first, first + block, lowest)
+        for j in range(first, first + block):
+            bounds[j] = kept_q[j] + lowest[level[j]]
     best = limit
     best_u = -1
     best_p = -1
     for _ in range(PROBES):
-        u = argmin(bounds, first, last)
+        u = argmin(bounds, 0, cols)
         if bounds[u] > best:
-            break
+            return best, best_u, best_p
         bounds[u] = big
-        p = line_argmin(pruned_q, delta, R[u], two * delta[u], first, last)
+        first = u // block * block
+        p = line_argmin(pruned_q, delta, R[u], two * delta[u], first, first + block)
         change = swap_change(R, delta, kept_q, pruned_q, u, p)
-        if change < best or (change == best and (best_u < 0 or u < best_u)):
+        if change < best or (change == best and not first_line and (best_u < 0 or u < best_u)):
             best, best_u, best_p = change, u, p
-    # the rest by its bounds
+        if first_line and best_u >= 0:
+            return best, best_u, best_p
+    for first in range(0, cols, block):
+        best, best_u, best_p = best_by_bounds(
+            R, delta, spread, level, levels, kept_q, pruned_q, first, first + block, bounds,
+            best, best_u, best_p, first_line, lists, work,
+        )  # fmt: skip
+        if first_line and best_u >= 0:
+            break
+    return best, best_u, best_p
+
+
+@compiled
+def best_by_bounds(
+    R: Array,
+    delta: Array,
+    spread: Array,
+    level: Array,
+    levels: Array,
+    kept_q: Array,
+    pruned_q: Array,
+    first: int,
+    last: int,
+    bounds: Array,
+    best: Any,
+    best_u: int,
+    best_p: int,
+    first_line: bool,
+    lists: Array,
+    work: Array,
+) -> tuple[Any, int, int]:
+    """The better of the incumbent (Δ, u, p) and the swaps of a block [first, last), see ``best_pair``.
+
+    ``bounds`` (cols,) are those of the lines that are left.
+    """
+    two = delta.dtype.type(2)
+    big = big_of(delta)
+    lowest = work[5, :LEVELS]
+    kept_list, pruned_list = lists[0], lists[1]
     values, widths = work[0], work[1]
     kept_count = 0
     for j in range(first, last):
@@ -151,6 +195,8 @@ def best_pair(
     found = 0
     for k in range(kept_count):
         u = kept_list[k]
+        if first_line and best_u >= 0 and u != best_u:
+            break
         reach = two * spread[u]
         q = kept_q[u]
         for start in range(0, count, PAIR_CHUNK):
@@ -165,15 +211,12 @@ def best_pair(
                 pairs_u[found] = u
                 pairs_p[found] = pruned_list[i]
                 found += (q + values[i]) - reach * widths[i] <= best
-            if found + PAIR_CHUNK > last - first or found > 1024:
+            if found + PAIR_CHUNK > PAIR_LIST:
                 best, best_u, best_p = best_of_list(
-                    R, delta, kept_q, pruned_q, pairs_u, pairs_p, found, best, best_u, best_p
+                    R, delta, kept_q, pruned_q, pairs_u, pairs_p, found, best, best_u, best_p, first_line
                 )
                 found = 0
-    best, best_u, best_p = best_of_list(
-        R, delta, kept_q, pruned_q, pairs_u, pairs_p, found, best, best_u, best_p
-    )
-    return best, best_u, best_p
+    return best_of_list(R, delta, kept_q, pruned_q, pairs_u, pairs_p, found, best, best_u, best_p, first_line)
 
 
 @compiled
@@ -188,11 +231,17 @@ def best_of_list(
     best: Any,
     best_u: int,
     best_p: int,
+    first_line: bool,
 ) -> tuple[Any, int, int]:
-    """The best of the first ``count`` listed pairs and of the incumbent (Δ, u, p)."""
+    """The best of the first ``count`` listed pairs and of the incumbent (Δ, u, p).
+
+    With ``first_line`` only pairs of the first line with a better one count.
+    """
     for k in range(count):
         u, p = pairs_u[k], pairs_p[k]
+        if first_line and best_u >= 0 and u != best_u:
+            break
         change = swap_change(R, delta, kept_q, pruned_q, u, p)
-        if change < best or (change == best and (best_u < 0 or u < best_u)):
+        if change < best or (change == best and not first_line and (best_u < 0 or u < best_u)):
             best, best_u, best_p = change, u, p
     return best, best_u, best_p

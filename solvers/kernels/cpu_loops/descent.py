@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..scaling import NARROW_BLOCK, RANKS, REFRESHES, WALKS
-from .best_pair import LEVELS, PAIR_CHUNK, best_pair, load_spread
-from .candidates import all_pairs, ranked_lines, two_lines
+from ..scaling import LEVELS, NARROW_BLOCK, RANKS, REFRESHES, WALKS
+from .best_pair import PAIR_LIST, best_pair, load_spread
+from .candidates import all_pairs, ranked_lines
 from .compilation import Array, compiled
 from .costs import add_costs, first_costs, judge
-from .minima import argmin, big_of
+from .minima import big_of
 from .row_state import aligned, load_row, make_swap
 from .tabu import walk_row
 
@@ -40,8 +40,8 @@ def descend_tile(
     """Descend the rows of one tile and walk on with tabu; the last four arguments (rows,) are results."""
     rows, cols = weight.shape
     cost = np.empty((rows, cols), np.float64)
-    work = aligned(11, max(cols, LEVELS + 1), weight)
-    lists = np.empty((5, cols + PAIR_CHUNK), np.int32)
+    work = aligned(11, max(cols, LEVELS), weight)
+    lists = np.empty((5, cols + PAIR_LIST), np.int32)
     before = np.empty((rows, cols), np.bool_)
     wanted = np.ones(rows, np.bool_)
     limit = np.empty(rows, np.float64)
@@ -115,11 +115,11 @@ def descend_row(
         max_swaps: the most swaps.
         steepest: make the best swap each time.
         work: loaded state of the row (11, at least cols): δ, a, b, s, the levels of s, work space.
-        lists: integers (5, cols + PAIR_CHUNK), the third row holding the level of each s.
+        lists: integers (5, cols + PAIR_LIST), the third row holding the level of each s.
     """
     cols = len(mask)
     delta, kept_q, pruned_q, spread = work[0, :cols], work[1, :cols], work[2, :cols], work[3, :cols]
-    level, levels = lists[2, :cols], work[4, : LEVELS + 1]
+    level, levels = lists[2, :cols], work[4, :LEVELS]
     limit = delta.dtype.type(threshold)
     made = 0
     while True:
@@ -135,25 +135,23 @@ def descend_row(
             ranks = 1 if steepest else RANKS
             best, pruned, restored = ranked_lines(R, delta, kept_q, pruned_q, block, limit, ranks, work[5:])
             if steepest or pruned < 0:
-                known = best
-                for first in range(0, cols, block):
-                    change, u, p = best_pair(
-                        R,
-                        delta,
-                        spread,
-                        level,
-                        levels,
-                        kept_q,
-                        pruned_q,
-                        first,
-                        first + block,
-                        known,
-                        lists,
-                        work[5:],
-                    )
-                    if u >= 0 and change < limit and (change < best or first <= pruned):
-                        best, pruned, restored = change, u, p
-                        known = change
+                first_line = not steepest
+                change, u, p = best_pair(
+                    R,
+                    delta,
+                    spread,
+                    level,
+                    levels,
+                    kept_q,
+                    pruned_q,
+                    block,
+                    best,
+                    first_line,
+                    lists,
+                    work[5:],
+                )
+                if u >= 0 and change < limit:
+                    best, pruned, restored = change, u, p
         if pruned < 0:
             return made, True
         if made >= max_swaps or made >= SWAPS_PER_REFRESH * cols:
@@ -178,38 +176,24 @@ def best_swaps_of_tile(
     """The swap with the lowest Δ of each row of a tile; the last three arguments (rows,) are results."""
     rows, cols = weight.shape
     cost = np.empty((rows, cols), np.float64)
-    work = aligned(11, max(cols, LEVELS + 1), weight)
-    lists = np.empty((5, cols + PAIR_CHUNK), np.int32)
+    work = aligned(11, max(cols, LEVELS), weight)
+    lists = np.empty((5, cols + PAIR_LIST), np.int32)
     first_costs(R, weight, drift, has_drift, mask, np.empty(mask.shape, np.bool_), cost)
     delta, kept_q, pruned_q, spread = work[0, :cols], work[1, :cols], work[2, :cols], work[3, :cols]
-    level, levels = lists[2, :cols], work[4, : LEVELS + 1]
+    level, levels = lists[2, :cols], work[4, :LEVELS]
     for r in range(rows):
         load_row(weight[r], mask[r], cost[r], delta, kept_q, pruned_q)
         load_spread(weight[r], root, spread, level, levels)
         best, best_u, best_p = big_of(delta), -1, -1
-        for first in range(0, cols, block):
-            if block <= NARROW_BLOCK:
+        if block <= NARROW_BLOCK:
+            for first in range(0, cols, block):
                 low, u, p = all_pairs(R, delta, mask[r], kept_q, pruned_q, first, first + block)
-            else:
-                u0 = argmin(kept_q, first, first + block)
-                p0 = argmin(pruned_q, first, first + block)
-                known, u, p = two_lines(R, delta, kept_q, pruned_q, u0, p0, first, first + block)
-                low, u, p = best_pair(
-                    R,
-                    delta,
-                    spread,
-                    level,
-                    levels,
-                    kept_q,
-                    pruned_q,
-                    first,
-                    first + block,
-                    known,
-                    lists,
-                    work[5:],
-                )
-            if low < best:
-                best, best_u, best_p = low, u, p
+                if low < best:
+                    best, best_u, best_p = low, u, p
+        else:
+            best, best_u, best_p = best_pair(
+                R, delta, spread, level, levels, kept_q, pruned_q, block, best, False, lists, work[5:]
+            )
         change[r] = best
         pruned[r] = best_u
         restored[r] = best_p
