@@ -37,12 +37,14 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .batch import costs, descend_batch
 from .interface import BestSwaps, Descent, DescentOptions, ScaledProblem, unsolved
-from .scaling import LEVELS, NARROW_BLOCK, PROBES, RANKS, REFRESHES, WALKS, rounding_noise
+from .scaling import LEVELS, NARROW_BLOCK, PROBES, RANKS
 
 # Entries of Δ that are held at once.
 DELTA_ENTRIES = 1 << 24
@@ -67,7 +69,7 @@ def descend(
     found = unsolved(mask)
     for part in _batches(problem):
         batch = Descent(*(column[part] for column in found))
-        _descend_batch(problem.rows(part), batch, options, deadline)
+        descend_batch(problem.rows(part), batch, options, deadline, _Steps(options, deadline))
         if report is not None:
             report(len(batch.mask))
     return found
@@ -82,7 +84,8 @@ def best_swaps(problem: ScaledProblem, mask: Tensor) -> BestSwaps:
     """
     parts = []
     for part in _batches(problem):
-        state = _Rows(problem.rows(part), mask[part])
+        rows = problem.rows(part)
+        state = _Rows(rows, mask[part], costs(rows, mask[part]))
         parts.append(state.best_swap(torch.zeros(1, device=mask.device), "best"))
     change, pruned, restored = (torch.cat(column) for column in zip(*parts, strict=True))
     return BestSwaps(change.double(), pruned, restored)
@@ -95,140 +98,68 @@ def _batches(problem: ScaledProblem) -> list[slice]:
     return [slice(first, first + size) for first in range(0, rows, size)]
 
 
-def _descend_batch(problem: ScaledProblem, found: Descent, options: DescentOptions, deadline: float) -> None:
-    """Descend some rows: ``found`` holds the warm start and becomes the result, in place."""
-    mask, _, converged, resolved, error = found
-    active = torch.arange(len(mask), device=mask.device)
-    limit = torch.zeros_like(error)
-    walks = _Walks(problem, found, options)
-    for refresh in range(REFRESHES + (2 * WALKS if options.patience else 0)):
-        if time.monotonic() >= deadline or not len(active):
-            break
-        part = problem.rows(active)
-        state = _Rows(part, mask[active])
-        if refresh == 0:
-            start = state.error() + (0 if part.constant is None else part.constant.double())
-            error[:] = start.clamp_min(0)
-            limit[:] = options.tolerance * error / 2
-        noise = rounding_noise(part.weight, part.drift, mask[active])
-        if part.weight.dtype == torch.float32:
-            hopeless = noise > limit[active]
-            resolved[active[hopeless]] = False
-            state.keep(~hopeless)
-            active = active[~hopeless]
-        else:
-            limit[active] = torch.maximum(limit[active], noise)
-        fresh_error = state.error()
-        again, calm = _swap_until_calm(state, found, active, limit[active], options, deadline)
-        if options.patience:
-            again, calm = walks.go_on(active, again, calm, fresh_error, limit[active])
-        converged[active[calm]] = True
-        active = active[again]
-    else:
-        resolved[active] = False
+@dataclass(frozen=True)
+class _Steps:
+    """Steps of a search in plain torch, see ``batch``; all rows swap at the same time."""
 
+    options: DescentOptions
+    deadline: float
 
-def _swap_until_calm(
-    state: _Rows, found: Descent, rows: Tensor, limit: Tensor, options: DescentOptions, deadline: float
-) -> tuple[Tensor, Tensor]:
-    """Swap until nothing is left; (rows to look at again, rows that were at an optimum), both bool.
-
-    Args:
-        state: the rows that swap, used up.
-        found: masks and swaps of the batch, brought up to date.
-        rows: which rows of the batch they are (n,).
-        limit: Δ must be below ``-limit`` (n,).
-        options: how to search.
-        deadline: when to stop.
-    """
-    made = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
-    none_left = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    where = torch.arange(len(rows), device=rows.device)
-    while len(where) and time.monotonic() < deadline:
-        change, pruned, restored = state.best_swap(limit[where], options.search)
-        improves = change < -limit[where]
-        none_left[where[~improves]] = True
-        if options.max_swaps is not None:
-            improves &= found.swaps[rows[where]] < options.max_swaps
-        state.keep(improves)
-        where, pruned, restored = where[improves], pruned[improves], restored[improves]
-        state.swap(pruned, restored)
-        found.mask[rows[where]] = state.mask
-        found.swaps[rows[where]] += 1
-        made[where] += 1
-    return none_left & (made > 0), none_left & (made == 0)
-
-
-class _Walks:
-    """Tabu walks of a batch of rows, and the best optimum that each row has walked from."""
-
-    def __init__(self, problem: ScaledProblem, found: Descent, options: DescentOptions):
-        self.problem, self.found, self.options = problem, found, options
-        self.made = torch.zeros_like(found.swaps)
-        self.optimum = found.mask.clone()
-        self.optimum_error = torch.full_like(found.error, torch.inf)
-
-    def go_on(
-        self, rows: Tensor, again: Tensor, calm: Tensor, error: Tensor, limit: Tensor
+    def swap(
+        self, problem: ScaledProblem, cost: Tensor, mask: Tensor, limit: Tensor, left: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Walk from every new optimum: (rows to look at again, rows that settle at their best), both bool.
+        """Swap until none is left."""
+        state = _Rows(problem, mask, cost)
+        made = torch.zeros_like(left)
+        none_left = torch.zeros_like(left, dtype=torch.bool)
+        where = torch.arange(len(mask), device=mask.device)
+        while len(where) and time.monotonic() < self.deadline:
+            change, pruned, restored = state.best_swap(limit[where], self.options.search)
+            improves = change < -limit[where]
+            none_left[where[~improves]] = True
+            improves &= made[where] < left[where]
+            state.keep(improves)
+            where, pruned, restored = where[improves], pruned[improves], restored[improves]
+            state.swap(pruned, restored)
+            mask[where] = state.mask
+            made[where] += 1
+        return made, none_left
 
-        Args:
-            rows: which rows of the batch these are (n,).
-            again: those that are to be looked at again anyway (n,), bool.
-            calm: those that are at an optimum (n,), bool.
-            error: their errors, without the drift's constant (n,), float64.
-            limit: what counts as an improvement (n,), float64.
-        """
-        mask = self.found.mask
-        lower = error < self.optimum_error[rows] - limit
-        ready = calm & lower & (self.made[rows] < WALKS)
-        walkers = rows[ready]
-        self.optimum[walkers], self.optimum_error[walkers] = mask[walkers], error[ready]
-        self.made[walkers] += 1
-        state = _Rows(self.problem.rows(walkers), mask[walkers])
-        best, moves, gained = _walk(state, limit[ready], self.options.patience, self.options.tenure)
-        self.found.swaps[walkers] += moves
-        gained &= self.made[walkers] < WALKS
-        mask[walkers[gained]] = best[gained]
-        again, calm = again.clone(), calm.clone()
-        again[ready], calm[ready] = gained, ~gained
-        settled = rows[calm]
-        mask[settled] = torch.where(self.made[settled, None] > 0, self.optimum[settled], mask[settled])
-        return again, calm
-
-
-def _walk(state: _Rows, limit: Tensor, patience: int, tenure: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tabu walks of some rows: (best masks, moves, whether they gained more than ``limit``)."""
-    rows = len(state.mask)
-    found = state.mask.clone()
-    moves = torch.zeros(rows, dtype=torch.int64, device=found.device)
-    gained = torch.zeros(rows, dtype=torch.bool, device=found.device)
-    level = torch.zeros(rows, dtype=torch.float64, device=found.device)
-    best_level = level.clone()
-    last_gain = moves.clone()
-    moved = torch.full(found.shape, -tenure - 1, dtype=torch.int64, device=found.device)
-    where = torch.arange(rows, device=found.device)
-    while len(where):
-        free = moves[where, None] - moved > tenure
-        change, pruned, restored = state.candidate(state.mask & free, ~state.mask & free)
-        going = torch.isfinite(change)
-        state.keep(going)
-        where, moved = where[going], moved[going]
-        state.swap(pruned[going], restored[going])
-        level[where] += change[going].double()
-        index = torch.arange(len(where), device=found.device)
-        moved[index, pruned[going]] = moves[where]
-        moved[index, restored[going]] = moves[where]
-        moves[where] += 1
-        better = level[where] < best_level[where] - limit[where]
-        record = where[better]
-        best_level[record], last_gain[record] = level[record], moves[record]
-        found[record], gained[record] = state.mask[better], True
-        going = moves[where] - last_gain[where] < patience
-        state.keep(going)
-        where, moved = where[going], moved[going]
-    return found, moves, gained
+    def walk(
+        self, problem: ScaledProblem, cost: Tensor, mask: Tensor, limit: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Walk from some optima."""
+        state = _Rows(problem, mask, cost)
+        patience, tenure = self.options.patience, self.options.tenure
+        rows = len(state.mask)
+        found = state.mask.clone()
+        moves = torch.zeros(rows, dtype=torch.int64, device=found.device)
+        gained = torch.zeros(rows, dtype=torch.bool, device=found.device)
+        level = torch.zeros(rows, dtype=torch.float64, device=found.device)
+        best_level = level.clone()
+        last_gain = moves.clone()
+        moved = torch.full(found.shape, -tenure - 1, dtype=torch.int64, device=found.device)
+        where = torch.arange(rows, device=found.device)
+        while len(where):
+            free = moves[where, None] - moved > tenure
+            change, pruned, restored = state.candidate(state.mask & free, ~state.mask & free)
+            going = torch.isfinite(change)
+            state.keep(going)
+            where, moved = where[going], moved[going]
+            state.swap(pruned[going], restored[going])
+            level[where] += change[going].double()
+            index = torch.arange(len(where), device=found.device)
+            moved[index, pruned[going]] = moves[where]
+            moved[index, restored[going]] = moves[where]
+            moves[where] += 1
+            better = level[where] < best_level[where] - limit[where]
+            record = where[better]
+            best_level[record], last_gain[record] = level[record], moves[record]
+            found[record], gained[record] = state.mask[better], True
+            going = moves[where] - last_gain[where] < patience
+            state.keep(going)
+            where, moved = where[going], moved[going]
+        return found, moves, gained
 
 
 def prune(
@@ -247,7 +178,7 @@ def prune(
     """
     rows, cols = problem.weight.shape
     block = problem.block
-    state = _Rows(problem, mask)
+    state = _Rows(problem, mask, costs(problem, mask))
     row = torch.arange(rows, device=mask.device)
     todo = int(mask[0].sum()) - keep * (cols // block)
     for _ in range(todo):
@@ -324,7 +255,7 @@ def exchange_rows(
 class _Rows:
     """State of some rows: ``δ``, ``c`` (rows, cols) and their masks."""
 
-    def __init__(self, problem: ScaledProblem, mask: Tensor):
+    def __init__(self, problem: ScaledProblem, mask: Tensor, cost: Tensor):
         R, weight, block = problem.correlation, problem.weight, problem.block
         self.correlation = R
         self.inside = torch.stack([R[i : i + block, i : i + block] for i in range(0, len(R), block)])
@@ -332,18 +263,11 @@ class _Rows:
         self.mask = mask.clone()
         self.block = block
         self.delta = torch.where(mask, weight, -weight)
-        self.drift = torch.zeros_like(weight) if problem.drift is None else problem.drift
-        self.cost = weight.masked_fill(mask, 0) @ R + self.drift
-
-    def error(self) -> Tensor:
-        """``Σ_pruned y (c + h)`` of each row, float64."""
-        pruned = (-self.delta).double().masked_fill(self.mask, 0)
-        return (pruned * (self.cost.double() + self.drift.double())).sum(1)
+        self.cost = cost.to(weight.dtype)
 
     def keep(self, chosen: Tensor) -> None:
         """Forget the other rows."""
-        self.mask, self.delta = self.mask[chosen], self.delta[chosen]
-        self.cost, self.drift = self.cost[chosen], self.drift[chosen]
+        self.mask, self.delta, self.cost = self.mask[chosen], self.delta[chosen], self.cost[chosen]
 
     def best_swap(self, limit: Tensor, search: str) -> tuple[Tensor, Tensor, Tensor]:
         """(Δ, u, p) of the swap that the search chooses in each row."""
