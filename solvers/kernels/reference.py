@@ -18,10 +18,10 @@ Two searches, both until no swap has Δ < -limit, half the tolerated share of th
 
 The bound of a line, with ``ρ_j = max_{i≠j} |R_ij|`` and ``s_j = |y_j| √ρ_j``, is
 
-    Δ(u, p) ≥ q_u + min_p (q_p - 2 t s_p) for every t ≥ s_u,    because |R_up| ≤ √(ρ_u ρ_p),
+    Δ(u, p) ≥ q_u + f(s_u),    f(t) = min_p (q_p - 2 t s_p),    because |R_up| ≤ √(ρ_u ρ_p).
 
-with t the least of ``LEVELS`` levels ``max(s) (g/LEVELS)²``, so that the minima of all lines cost
-``LEVELS`` passes over p.
+A minimum of affine functions is concave, so f lies above its chords: f is found at ``LEVELS`` levels
+``max(s) (g/LEVELS)²`` and at 0, a pass over p each, and interpolated between two of them.
 
 A tabu walk starts from the optimum that the descent reached: each move is the best lazy candidate,
 improving or not, of weights that did not move in the last ``tenure`` moves, until ``patience`` moves have
@@ -44,7 +44,7 @@ from torch import Tensor
 
 from .batch import costs, descend_batch
 from .interface import BestSwaps, Descent, DescentOptions, ScaledProblem, unsolved
-from .scaling import LEVELS, NARROW_BLOCK, PROBES, RANKS
+from .scaling import BOUND_ROUNDING, LEVELS, NARROW_BLOCK, PROBES, RANKS
 
 # Entries of Δ that are held at once.
 DELTA_ENTRIES = 1 << 24
@@ -339,13 +339,16 @@ class _Rows:
         """Lower bounds of Δ(u, ·) for every u (rows, cols), see the module."""
         q, _, _, shape = self._blocks()
         spread = self.delta.abs() * self.root
-        grid = torch.arange(1, LEVELS + 1, dtype=q.dtype, device=q.device) / LEVELS
-        levels = spread.amax(1, keepdim=True) * grid * grid
-        level = torch.searchsorted(levels, spread).clamp_max(LEVELS - 1).view(shape)
+        levels, level = levels_of(spread)
         others = q.masked_fill(self.mask.view(shape), torch.inf)
         reach = 2 * levels[:, None, :, None] * spread.view(shape)[:, :, None, :]
         lowest = (others[:, :, None, :] - reach).amin(3)
-        return (q + lowest.gather(2, level)).flatten(1)
+        above, below = lowest.gather(2, level.view(shape)), lowest.gather(2, level.view(shape) - 1)
+        top = levels.gather(1, level)
+        width = top - levels.gather(1, level - 1)
+        share = torch.where(width > 0, (top - spread) / width, 0.0).view(shape)
+        bound = above + share * (below - above)
+        return (q + bound - BOUND_ROUNDING * (q.abs() + bound.abs())).flatten(1)
 
     def _changes(self, kept: Tensor, pruned: Tensor) -> Tensor:
         """Δ of all pairs (rows, blocks, block, block), infinite but for the given ``kept`` × ``pruned``."""
@@ -377,6 +380,13 @@ class _Rows:
         self.delta[row, restored] *= -1
         self.mask[row, pruned] = False
         self.mask[row, restored] = True
+
+
+def levels_of(spread: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels of ``s`` (rows, cols): the grid from 0 on (rows, LEVELS + 1), the number of each s from 1 on."""
+    grid = torch.arange(LEVELS + 1, dtype=spread.dtype, device=spread.device) / LEVELS
+    levels = (spread.amax(1, keepdim=True) * (grid * grid)).contiguous()
+    return levels, torch.searchsorted(levels, spread.contiguous()).clamp_(1, LEVELS)
 
 
 def _first_min(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,11 +29,13 @@ NARROW_BLOCK = 32
 # A row whose fresh costs contradict the updated ones this often is beyond its floating-point type.
 REFRESHES = 64
 # Lines of so many of the lowest q of both sides are tried before all pairs are.
-RANKS = 16
-# Bounds of whole lines are computed for so many levels of s, see ``reference``.
+RANKS = 4
+# Bounds of whole lines are interpolated between so many levels of s and 0, see ``reference``.
 LEVELS = 32
+# Share of its terms by which such a bound is lowered: more than rounding in float32 can lift it.
+BOUND_ROUNDING = 1e-6
 # Lines with the lowest bounds that are tried before all the others.
-PROBES = 16
+PROBES = 32
 # The most tabu walks of a row; each starts from a better local optimum than the one before.
 WALKS = 32
 # Kept weights this much larger than the row's scale leave the range of float32 states.

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..scaling import LEVELS, PROBES
+from ..scaling import BOUND_ROUNDING, LEVELS, PROBES
 from .compilation import Array, compiled
 from .minima import CHUNK, argmin, big_of, line_argmin, lower
 from .row_state import swap_change
@@ -27,7 +27,7 @@ PAIR_LIST = 1024
 
 @compiled
 def load_spread(weight: Array, root: Array, spread: Array, level: Array, levels: Array) -> None:
-    """Fill ``s_j = |y_j| √ρ_j`` and put it on a grid: the least level with ``levels[level_j] ≥ s_j``.
+    """Fill ``s_j = |y_j| √ρ_j`` and put it on a grid: the least level from 1 with ``levels[level_j] ≥ s_j``.
 
     The grid is quadratic because a few outlier channels are far wider than the rest.
 
@@ -36,21 +36,21 @@ def load_spread(weight: Array, root: Array, spread: Array, level: Array, levels:
         root: ``√ρ`` (cols,), rounded up.
         spread: ``s``, a result (cols,).
         level: levels, a result (cols,), integers.
-        levels: the grid (LEVELS,), a result.
+        levels: the grid (LEVELS + 1,), from 0 on, a result.
     """
     widest = weight.dtype.type(0)
     for j in range(len(weight)):
         spread[j] = abs(weight[j]) * root[j]
         widest = max(widest, spread[j])
-    for g in range(LEVELS):
-        levels[g] = widest * weight.dtype.type(((g + 1) / LEVELS) ** 2)
+    for g in range(LEVELS + 1):
+        levels[g] = widest * weight.dtype.type((g / LEVELS) ** 2)
     share = weight.dtype.type(1) / widest if widest > 0 else weight.dtype.type(0)
     for j in range(len(weight)):
-        g = min(LEVELS - 1, int(np.sqrt(spread[j] * share) * LEVELS))
-        # one too high where the root is not on the grid, one too low where it was rounded
-        while g > 0 and levels[g - 1] >= spread[j]:
+        g = min(LEVELS, max(1, int(np.sqrt(spread[j] * share) * LEVELS)))
+        # the root is rounded: one step either way
+        while g > 1 and levels[g - 1] >= spread[j]:
             g -= 1
-        while levels[g] < spread[j]:
+        while g < LEVELS and levels[g] < spread[j]:
             g += 1
         level[j] = g
 
@@ -59,19 +59,44 @@ def load_spread(weight: Array, root: Array, spread: Array, level: Array, levels:
 def lowest_by_level(
     values: Array, spread: Array, levels: Array, first: int, last: int, lowest: Array
 ) -> None:
-    """``min_j (values_j - 2 t s_j)`` over [first, last) for every level t, into ``lowest`` (LEVELS,)."""
+    """``min_j (values_j - 2 t s_j)`` over [first, last) for every level t, into ``lowest`` (LEVELS + 1,)."""
     big = big_of(values)
     two = values.dtype.type(2)
     lowest[:] = big
     for start in range(first, last, CHUNK):
         stop = min(start + CHUNK, last)
         part, width = values[start:stop], spread[start:stop]
-        for g in range(LEVELS):
+        for g in range(LEVELS + 1):
             reach = two * levels[g]
             low = lowest[g]
             for i in range(len(part)):
                 low = lower(part[i] - reach * width[i], low)
             lowest[g] = low
+
+
+@compiled
+def load_bounds(
+    values: Array,
+    spread: Array,
+    level: Array,
+    levels: Array,
+    lowest: Array,
+    first: int,
+    last: int,
+    bounds: Array,
+) -> None:
+    """``values_j + f(s_j)`` over [first, last) into ``bounds`` (cols,), see ``reference``.
+
+    ``lowest`` (LEVELS + 1,) is f at the levels.
+    """
+    slack = values.dtype.type(BOUND_ROUNDING)
+    none = values.dtype.type(0)
+    for j in range(first, last):
+        g = level[j]
+        width = levels[g] - levels[g - 1]
+        share = (levels[g] - spread[j]) / width if width > 0 else none
+        low = lowest[g] + share * (lowest[g - 1] - lowest[g])
+        bounds[j] = values[j] + low - slack * (abs(values[j]) + abs(low))
 
 
 @compiled
@@ -98,7 +123,7 @@ def best_pair(
         delta: ``δ`` (cols,).
         spread: ``s`` (cols,).
         level: level of each ``s`` (cols,), see ``load_spread``.
-        levels: the grid (LEVELS,).
+        levels: the grid (LEVELS + 1,).
         kept_q: ``a`` (cols,).
         pruned_q: ``b`` (cols,).
         block: width of the pattern's blocks.
@@ -113,11 +138,10 @@ def best_pair(
     cols = len(delta)
     two = delta.dtype.type(2)
     big = big_of(delta)
-    lowest, bounds = work[5, :LEVELS], work[4, :cols]
+    lowest, bounds = work[5, : LEVELS + 1], work[4, :cols]
     for first in range(0, cols, block):
         lowest_by_level(pruned_q, spread, levels, first, first + block, lowest)
-        for j in range(first, first + block):
-            bounds[j] = kept_q[j] + lowest[level[j]]
+        load_bounds(kept_q, spread, level, levels, lowest, first, first + block, bounds)
     best = limit
     best_u = -1
     best_p = -1
@@ -168,7 +192,7 @@ def best_by_bounds(
     """
     two = delta.dtype.type(2)
     big = big_of(delta)
-    lowest = work[5, :LEVELS]
+    lowest, of_pruned = work[5, : LEVELS + 1], work[2]
     kept_list, pruned_list = lists[0], lists[1]
     values, widths = work[0], work[1]
     kept_count = 0
@@ -181,10 +205,11 @@ def best_by_bounds(
     if kept_count == 0:
         return best, best_u, best_p
     lowest_by_level(values, widths, levels, 0, kept_count, lowest)
-    values, widths = work[2], work[3]
+    load_bounds(pruned_q, spread, level, levels, lowest, first, last, of_pruned)
+    values, widths = work[0], work[3]
     count = 0
     for j in range(first, last):
-        if pruned_q[j] + lowest[level[j]] <= best:
+        if of_pruned[j] <= best:
             pruned_list[count] = j
             values[count] = pruned_q[j]
             widths[count] = spread[j]

@@ -40,7 +40,7 @@ def descend_tile(
     """Descend the rows of one tile and walk on with tabu; the last four arguments (rows,) are results."""
     rows, cols = weight.shape
     cost = np.empty((rows, cols), np.float64)
-    work = aligned(11, max(cols, LEVELS), weight)
+    work = aligned(11, max(cols, LEVELS + 1), weight)
     lists = np.empty((5, cols + PAIR_LIST), np.int32)
     before = np.empty((rows, cols), np.bool_)
     wanted = np.ones(rows, np.bool_)
@@ -119,7 +119,7 @@ def descend_row(
     """
     cols = len(mask)
     delta, kept_q, pruned_q, spread = work[0, :cols], work[1, :cols], work[2, :cols], work[3, :cols]
-    level, levels = lists[2, :cols], work[4, :LEVELS]
+    level, levels = lists[2, :cols], work[4, : LEVELS + 1]
     limit = delta.dtype.type(threshold)
     made = 0
     while True:
@@ -176,15 +176,15 @@ def best_swaps_of_tile(
     """The swap with the lowest Δ of each row of a tile; the last three arguments (rows,) are results."""
     rows, cols = weight.shape
     cost = np.empty((rows, cols), np.float64)
-    work = aligned(11, max(cols, LEVELS), weight)
+    work = aligned(11, max(cols, LEVELS + 1), weight)
     lists = np.empty((5, cols + PAIR_LIST), np.int32)
     first_costs(R, weight, drift, has_drift, mask, np.empty(mask.shape, np.bool_), cost)
     delta, kept_q, pruned_q, spread = work[0, :cols], work[1, :cols], work[2, :cols], work[3, :cols]
-    level, levels = lists[2, :cols], work[4, :LEVELS]
+    level, levels = lists[2, :cols], work[4, : LEVELS + 1]
     for r in range(rows):
         load_row(weight[r], mask[r], cost[r], delta, kept_q, pruned_q)
         load_spread(weight[r], root, spread, level, levels)
-        best, best_u, best_p = big_of(delta), -1, -1
+        best, best_u, best_p = big_of(delta) / delta.dtype.type(2), -1, -1
         if block <= NARROW_BLOCK:
             for first in range(0, cols, block):
                 low, u, p = all_pairs(R, delta, mask[r], kept_q, pruned_q, first, first + block)
@@ -194,6 +194,6 @@ def best_swaps_of_tile(
             best, best_u, best_p = best_pair(
                 R, delta, spread, level, levels, kept_q, pruned_q, block, best, False, lists, work[5:]
             )
-        change[r] = best
-        pruned[r] = best_u
-        restored[r] = best_p
+        change[r] = best if best_u >= 0 else np.inf
+        pruned[r] = max(best_u, 0)
+        restored[r] = max(best_p, 0)
