@@ -62,15 +62,31 @@ def assert_optimal(problem: ss.LayerProblem, found: Descent, start_error: torch.
 
 
 def check(
-    family: str, rows: int, cols: int, pattern: str, dtype: torch.dtype = torch.float64, drift: bool = False
+    family: str,
+    rows: int,
+    cols: int,
+    pattern: str,
+    dtype: torch.dtype = torch.float64,
+    drift: bool = False,
+    near: bool = False,
 ) -> None:
-    """Descents, walks and best swaps: equal to the specification in float64, optimal in both."""
+    """Descents, walks and best swaps: equal to the specification in float64, optimal in both.
+
+    With ``near`` a lazy descent alone, from a few swaps away from an optimum, so that wide rows take seconds.
+    """
     problem = layer(family, rows, cols, pattern, drift)
     start = ss.solve(problem, ss.Wanda())
+    if near:
+        mask = ss.solve(problem, ss.OneSwap()).mask.clone()
+        block = problem.pattern.block
+        for first in range(0, cols, block):
+            kept, pruned = (side.nonzero()[0, 0] for side in (mask[0, first:], ~mask[0, first:]))
+            mask[0, first + kept], mask[0, first + pruned] = False, True
+        start = ss.solve(problem, ss.OneSwap(max_swaps=0), mask)
     part = scaled_part(problem, start.mask, dtype)
     # ties of equal channels are broken by rounding: optimal all the same
     exact = dtype == torch.float64 and family not in ("duplicates", "rank-one")
-    for options in (*SEARCHES, WALK):
+    for options in SEARCHES[:1] if near else (*SEARCHES, WALK):
         theirs, ours = (module.descend(part, start.mask, options) for module in (reference, cuda))
         label = f"{family} {rows}x{cols} {pattern} {dtype} drift={drift} {options}"
         torch.testing.assert_close(ours.error, theirs.error, rtol=1e-5, atol=1e-12, msg=label)
@@ -152,8 +168,8 @@ def main() -> None:
     check_rows_without_pairs()
     tiles(AS_LAUNCHED)
     check("correlated", 1, 520, "0.5")
-    check("correlated", 1, 320, "32:64", drift=True)
-    check("correlated", 1, 2048, "512:1024", torch.float32)
+    check("correlated", 1, 320, "32:64", drift=True, near=True)
+    check("correlated", 1, 2048, "512:1024", torch.float32, near=True)
     sys.stdout.write("all equal\n")
 
 

@@ -19,8 +19,9 @@ import triton
 from torch import Tensor
 
 from .batch import costs, descend_batch
+from .exchange_rounds import exchange_rows
 from .interface import BestSwaps, Descent, DescentOptions, ScaledProblem, unsolved
-from .reference import exchange_rows, levels_of, prune
+from .reference import levels_of, prune
 from .scaling import BOUND_ROUNDING, LEVELS, NARROW_BLOCK, PROBES, RANKS
 from .triton_loops.programs import best_of_rows, descend_rows, walk_rows
 

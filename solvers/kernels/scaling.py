@@ -35,7 +35,7 @@ LEVELS = 32
 # Share of its terms by which such a bound is lowered: more than rounding in float32 can lift it.
 BOUND_ROUNDING = 1e-6
 # Lines with the lowest bounds that are tried before all the others.
-PROBES = 32
+PROBES = 64
 # The most tabu walks of a row; each starts from a better local optimum than the one before.
 WALKS = 32
 # Kept weights this much larger than the row's scale leave the range of float32 states.
