@@ -129,9 +129,7 @@ class _State:
         self.constants: dict[str, Any] = {
             "NARROW": self.narrow,
             "ONE": one,
-            "num_warps": WARPS,
-            # products and sums are rounded as in the specification
-            "enable_fp_fusion": False,
+            **launch_options(),
             **tiles(cols, block),
         }
         # stand-ins where nothing but narrow blocks is looked at
@@ -151,6 +149,11 @@ class _State:
         """``R`` and the state."""
         searched = (self.level, self.levels, self.lows, self.bounds, self.queue)
         return (self.R, self.inside, self.root, self.q, self.delta, self.flags, *searched)
+
+
+def launch_options() -> dict[str, Any]:
+    """Options of the compiler: without fusion, products and sums are rounded as in the specification."""
+    return {"num_warps": WARPS, "enable_fp_fusion": False}
 
 
 def tiles(cols: int, block: int) -> dict[str, int | float]:
@@ -218,9 +221,8 @@ class _Steps:
         state = _State(problem, self.root, cost, mask)
         best = state.flags.clone()
         held = torch.full((rows, 2 * self.options.tenure), -1, dtype=torch.int32, device=mask.device)
-        moves = torch.zeros(rows, dtype=torch.int64, device=mask.device)
-        gained = torch.zeros(rows, dtype=torch.int32, device=mask.device)
-        walked = ("NARROW", "TOP", "BLOCKS", "WIDE", "CHUNK", "num_warps", "enable_fp_fusion")
+        moves, gained = (torch.zeros(rows, dtype=torch.int32, device=mask.device) for _ in range(2))
+        walked = ("NARROW", "TOP", "BLOCKS", "WIDE", "CHUNK", *launch_options())
         if rows:
             with on(mask.device):
                 walk_rows[(rows,)](
@@ -229,4 +231,4 @@ class _Steps:
                     self.options.patience, self.options.tenure, *state.widths,
                     **{name: state.constants[name] for name in walked},
                 )  # fmt: skip
-        return best == 1, moves, gained.bool()
+        return best == 1, moves.long(), gained.bool()

@@ -56,9 +56,10 @@ def exchange_rows(
             break
         chosen = torch.cat([pruning, restoring])
         moved = torch.cat([column[0, pruning], column[1, restoring]])
-        for some, at in zip(chosen.split(size), moved.split(size), strict=True):
-            move(some, at)
-            renew(some)
+        for first in range(0, len(chosen), size):
+            part = slice(first, first + size)
+            move(chosen[part], moved[part])
+            renew(chosen[part])
     return touched
 
 

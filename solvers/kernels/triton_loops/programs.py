@@ -232,8 +232,8 @@ def walk_rows(  # type: ignore[no-untyped-def]
     held += row * 2 * tenure
     limit = tl.load(limits + row)
     none = tl.full((), -1, tl.int32)
-    moves = tl.zeros((), tl.int64)
-    last_gain = tl.zeros((), tl.int64)
+    moves = tl.zeros((), tl.int32)
+    last_gain = tl.zeros((), tl.int32)
     error = tl.zeros((), tl.float64)
     best_error = tl.zeros((), tl.float64)
     gained = tl.zeros((), tl.int32)
