@@ -349,6 +349,9 @@ class LayerProblem:
 
     def to(self, device: torch.device | str) -> LayerProblem:
         """The same problem on another device."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
         return replace(self, weight=self.weight.to(device), gram=self.gram.to(device))
 
     def _check_mask(self, mask: Tensor) -> None:

@@ -123,10 +123,13 @@ def solve_rows(
     check_jobs(jobs)
     deadline = budget.deadline()
     began = time.monotonic()
-    start = warm_start(problem, init)
-    pruned = (~start).cpu().numpy()
+    home = problem.device
+    start = warm_start(problem, init).cpu()
+    # single rows are solved on the CPU: the Gram matrix goes there once, not for every row
+    problem = problem.to("cpu")
+    pruned = (~start).numpy()
     mask = start.clone()
-    objectives = problem.row_objectives(start).cpu()
+    objectives = problem.row_objectives(start)
     bounds = torch.zeros(problem.rows, dtype=torch.float64)
     statuses = [Status.TIME_LIMIT] * problem.rows
     stats: dict[str, Tensor] = {}
@@ -135,7 +138,7 @@ def solve_rows(
     done = 0
     try:
         for row, result in _results(tasks, solve_row, deadline, jobs):
-            chosen = torch.from_numpy(~result.pruned).to(mask.device)
+            chosen = torch.from_numpy(~result.pruned)
             mask[row] = chosen
             objectives[row] = _one_row(problem, row, chosen)
             bounds[row] = min(max(result.bound, 0.0), float(objectives[row]))
@@ -150,8 +153,8 @@ def solve_rows(
             trace.append(TracePoint(elapsed, float(objectives.sum()), float(bounds.sum())))
             budget.report(done, problem.rows)
     except KeyboardInterrupt:
-        return Outcome(mask, Status.INTERRUPTED, bounds, statuses, trace, stats)
-    return Outcome(mask, overall(statuses), bounds, statuses, trace, stats)
+        return Outcome(mask.to(home), Status.INTERRUPTED, bounds, statuses, trace, stats)
+    return Outcome(mask.to(home), overall(statuses), bounds, statuses, trace, stats)
 
 
 def overall(statuses: Iterable[Status]) -> Status:

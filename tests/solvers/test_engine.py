@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from swap_oracle import errors_by_definition, smallest_change
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparseswaps as ss
 from sparseswaps.problems.synthetic import FAMILIES
@@ -237,6 +238,31 @@ def test_time_limit_stops_in_time() -> None:
     for row, status in enumerate(stopped.row_statuses):
         assert (status is ss.Status.LOCAL_OPTIMUM) == bool(stopped.stats["certified"][row])
     assert all(done <= total == 400 for done, total in seen)
+
+
+class Products(TorchDispatchMode):
+    """Dtypes of the matrix products that run under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "addmv", "dot"):
+            self.dtypes |= {each.dtype for each in args if isinstance(each, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("solver", [ss.OneSwap(), ss.Tabu(effort=0.1), ss.Greedy()])
+def test_no_product_that_a_setting_makes_coarser(solver: ss.Solver, monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch.set_float32_matmul_precision and environment variables turn float32 products into tf32 or bfloat16
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    problem = with_drift(ss.synthetic_layer("correlated", 3, 520, "0.5", seed=9), 0.3)
+    with Products() as products:
+        found = solver.run(problem, None, ss.Budget())
+        assert found.mask is not None
+        ss.certify(problem, found.mask)
+    assert products.dtypes == {torch.float64}
 
 
 def test_without_numba_the_reference_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
