@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 
 import torch
 
@@ -14,7 +15,7 @@ from .interface import Kernels
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    """The fastest installed kernels for ``device``; ``reference`` where there are none."""
+    """The fastest installed kernels for ``device``; ``reference`` where there are none, which is said."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         from . import cuda
 
@@ -25,4 +26,11 @@ def kernels_for(device: torch.device) -> Kernels:
         return cpu
     from . import reference
 
+    if device.type != "cpu":
+        missing = "triton is not installed" if device.type == "cuda" else "there are no kernels for it"
+        warnings.warn(
+            f"search on {device.type}: {missing}, so it runs in plain torch, row by row on wide layers; the CPU "
+            "is faster" + (" (pip install triton)" if device.type == "cuda" else ""),
+            stacklevel=2,
+        )
     return reference

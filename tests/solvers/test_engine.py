@@ -240,6 +240,13 @@ def test_time_limit_stops_in_time() -> None:
     assert all(done <= total == 400 for done, total in seen)
 
 
+@pytest.mark.parametrize(("device", "why"), [("cuda", "pip install triton"), ("mps", "no kernels for it")])
+def test_a_device_without_kernels_is_told(device: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match=why):
+        assert kernels.kernels_for(torch.device(device)) is reference
+
+
 class Products(TorchDispatchMode):
     """Dtypes of the matrix products that run under it."""
 
