@@ -17,20 +17,25 @@ recomputes it (activation checkpointing), so the memory beside the moments is on
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import InvalidModelError
-from ..models.blocks import Block, PrunableLayer
+from ..errors import InputError, InvalidModelError, InvalidProblemError
+from ..models.blocks import Block, PrunableLayer, device_of
 from ..models.inputs import Samples
 from ..models.outputs import output_states
+from ..problems.products import Factor, Products, mirrored
 from .activations import forward_replaced
 from .logits import Outputs, SlicedModel
+from .sampling import Draws, drawn_labels
 from .store import TensorStore
 
 Report = Callable[[int, int], None]
@@ -56,43 +61,148 @@ def gradient_moments(
         model: the dense model; it is not changed.
         blocks: all of them, from ``find_blocks``.
         windows: (windows, length) token ids.
-        batch_size: windows per forward call.
-        seed: of the sampled labels or directions.
-        report: called with (batches done, batches in all).
+        batch_size: windows per forward call; fewer where memory is full.
+        seed: of the sampled labels or directions, which no batch size changes.
+        report: called with (windows done, windows in all).
         wanted: only layers of these blocks; all by default.
 
     Raises:
         InvalidModelError: if the model's loss has no gradient or it holds NaN or Inf.
     """
-    moments: dict[str, Tensor] = {}
     sliced = SlicedModel(model, windows)
     wanted = blocks if wanted is None else wanted
-    layers = [layer for block in wanted for layer in block.layers if layer.expert is None]
-    generator = torch.Generator().manual_seed(seed)
+    moments = _MomentSums()
     with ExitStack() as stack:
         stack.enter_context(no_weight_gradients(model))
         stack.enter_context(_activation_gradients(blocks, wanted))
         for block in blocks:
             stack.enter_context(forward_replaced(block.module, checkpointed(block.module.forward)))
-        for layer in layers:
+        for layer in (layer for block in wanted for layer in block.layers if layer.expert is None):
             hook = layer.module.register_forward_hook(_moment_hook(layer, moments))
             stack.callback(hook.remove)
-        batches = windows.split(sliced.batch_size(windows.shape[1], batch_size))
-        for done, batch in enumerate(batches, start=1):
+        size = sliced.batch_size(windows.shape[1], batch_size)
+        gathering = _Gathering(sliced, windows, Draws(seed), moments, size)
+        for done in gathering.batches():
+            if report:
+                report(done, len(windows))
+    return moments.found()
+
+
+@dataclass(eq=False)
+class _Gathering:
+    """Gradients of the loss, some windows at a time: ``size``, and fewer from where memory is full on."""
+
+    model: SlicedModel
+    windows: Samples
+    draws: Draws
+    moments: _MomentSums
+    size: int
+
+    def batches(self) -> Iterator[int]:
+        """Go through all windows; yields how many are done."""
+        for batch in self._parts(range(len(self.windows))):
+            self._gather(batch, Counter())
+            yield batch.stop
+
+    def _parts(self, windows: range) -> Iterator[range]:
+        """Neighbours, as many at a time as memory has let through so far."""
+        done = windows.start
+        while done < windows.stop:
+            part = range(done, min(done + self.size, windows.stop))
+            yield part
+            done = part.stop
+
+    def _gather(self, batch: range, known: Counter[str]) -> None:
+        """Add the gradients of some windows, but for the ``known`` ones of each layer."""
+        self.moments.begin(known)
+        if self._fits(batch):
+            return
+        added = self.moments.added
+        torch.cuda.empty_cache()
+        self.size = len(batch) // 2
+        warnings.warn(
+            f"output metric: memory of {device_of(self.model.model)} is full with {len(batch)} windows at a "
+            f"time; it goes on with {self.size}",
+            stacklevel=2,
+        )
+        for part in self._parts(batch):
+            self._gather(part, added)
+
+    def _fits(self, batch: range) -> bool:
+        """Whether memory let a pass forward and backward over some windows through; over one it must."""
+        try:
             with torch.enable_grad():
-                loss = _sampled_loss(sliced.run(batch), generator)
+                outputs = self.model.run(self.windows[batch.start : batch.stop])
+                loss = _sampled_loss(outputs, self.draws, batch)
                 if not loss.requires_grad:
                     raise InvalidModelError(
-                        f"{type(model).__name__}: expected a loss with gradients for the output metric, "
-                        "found none; run without the output metric"
+                        f"{type(self.model.model).__name__}: expected a loss with gradients for the output "
+                        "metric, found none; run without the output metric"
                     )
                 loss.backward()  # type: ignore[no-untyped-call]
-            if report:
-                report(done, len(batches))
-    for name, moment in moments.items():
-        if not bool(torch.isfinite(moment).all()):
-            raise InvalidModelError(f"gradients at the output of layer {name}: found NaN or Inf")
-    return {name: moment.cpu() for name, moment in moments.items() if float(moment.trace()) > 0}
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            return False
+        return True
+
+
+class _MomentSums:
+    """``Σ g gᵀ`` of layers, float32, of each the upper triangle.
+
+    Attributes:
+        added: gradients of each layer since ``begin``.
+    """
+
+    def __init__(self) -> None:
+        self.added: Counter[str] = Counter()
+        self._known: Counter[str] = Counter()
+        self._sums: dict[str, Tensor] = {}
+
+    def begin(self, known: Counter[str]) -> None:
+        """A pass begins in which so many gradients of each layer, its first, are in the sums already."""
+        self.added, self._known = Counter(), known
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Add the gradient (..., rows) at a layer's output."""
+        if self.added[name] >= self._known[name]:
+            rows = gradient.detach().flatten(0, -2)
+            try:
+                factor = Factor.of(rows)
+            except InvalidProblemError as error:
+                raise InvalidModelError(
+                    f"gradients at the output of layer {name}: expected finite ones, found NaN or Inf"
+                ) from error
+            if name not in self._sums:
+                size = (rows.shape[1], rows.shape[1])
+                self._sums[name] = torch.zeros(size, dtype=torch.float32, device=rows.device)
+            self._add(name, factor)
+        self.added[name] += 1
+
+    def found(self) -> dict[str, Tensor]:
+        """The moments by name on the CPU, without those that are zero; none is left here."""
+        moments = {}
+        for name in list(self._sums):
+            moment = mirrored(self._sums.pop(name)).cpu()
+            if not bool(torch.isfinite(moment).all()):
+                raise InvalidModelError(
+                    f"gradients at the output of layer {name}: expected moments that float32 holds, found Inf"
+                )
+            if float(moment.trace()) > 0:
+                moments[name] = moment
+        return moments
+
+    def _add(self, name: str, factor: Factor) -> None:
+        total, tokens = self._sums[name], len(factor.values)
+        products = Products(total.device, factor.half)
+        try:
+            for piece in products.pieces(tokens):
+                products.add(total, factor, factor, piece)
+        except torch.OutOfMemoryError as error:  # half of it may be in the sum: this cannot be done again
+            raise InputError(
+                f"memory of {total.device}: expected room for products of gradients of layer {name} "
+                f"{tuple(total.shape)}, found none"
+            ) from error
 
 
 def moment_groups(blocks: Sequence[Block], limit: int) -> list[list[Block]]:
@@ -168,31 +278,27 @@ def embeddings_of(output: Any) -> Tensor:
     return nn.functional.normalize(output_states(output)[1].float(), dim=-1)
 
 
-def _sampled_loss(outputs: Outputs, generator: torch.Generator) -> Tensor:
-    def of_logits(logits: Tensor, _part: slice) -> Tensor:
-        with torch.no_grad():
-            # Gumbel's trick with noise from the CPU: the same labels on every device
-            noise = torch.rand(logits.shape, generator=generator).clamp_min_(1e-20).to(logits.device)
-            labels = noise.log_().neg_().log_().neg_().add_(logits).argmax(-1)
-        return nn.functional.cross_entropy(logits, labels, reduction="sum")
-
+def _sampled_loss(outputs: Outputs, draws: Draws, windows: range) -> Tensor:
+    """The loss of labels, or directions, that are drawn from the outputs for ``windows``."""
     if outputs.values is not None:
+        numbers = draws.uniform(windows, len(outputs.values) // len(windows)).to(outputs.values.device)
+
+        def of_logits(logits: Tensor, part: slice) -> Tensor:
+            with torch.no_grad():
+                labels = drawn_labels(logits, numbers[part])
+            return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
         return outputs.total(of_logits)
     embeddings = embeddings_of(outputs.output)
-    direction = torch.randn(embeddings.shape, generator=generator).to(embeddings.device)
-    return (direction * embeddings).sum()
+    directions = draws.normal(windows, tuple(embeddings.shape[1:])).to(embeddings.device)
+    return (directions * embeddings).sum()
 
 
-def _moment_hook(layer: PrunableLayer, moments: dict[str, Tensor]) -> Callable[..., None]:
-    def add(gradient: Tensor) -> None:
-        rows = gradient.detach().flatten(0, -2).float()
-        product = rows.T @ rows
-        moments[layer.name] = moments[layer.name] + product if layer.name in moments else product
-
+def _moment_hook(layer: PrunableLayer, moments: _MomentSums) -> Callable[..., None]:
     def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
         # the recomputation of a checkpointed block comes here too; its tensors are never walked backward
         if output.requires_grad:
-            output.register_hook(add)  # type: ignore[no-untyped-call]
+            output.register_hook(lambda gradient: moments.add(layer.name, gradient))  # type: ignore[no-untyped-call]
 
     return hook
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -25,7 +24,6 @@ from ..models.blocks import Block, PrunableLayer, check_finite, device_of, find_
 from ..models.companions import unread_tensors
 from ..models.inputs import Samples
 from ..models.loading import LoadedModel, load_model, resolve_device
-from ..problems.products import TF32_OVERRIDE, tf32_is_forced
 from .allocation import check_allocation
 from .layer_solving import patterns_of
 from .memory import Estimate, Work, estimate, require_memory
@@ -93,12 +91,6 @@ def gather_inputs(
         InputError: for anything that cannot be used.
     """
     target = resolve_device(machine.device)
-    if tf32_is_forced(target) and machine.ranks.first:
-        warnings.warn(
-            f"{TF32_OVERRIDE} has products of float32 on {target} in tf32, which nothing else can undo: sums "
-            "of activations are made in float64 instead, which takes longer; unset it",
-            stacklevel=2,
-        )
     given = isinstance(model, LoadedModel)
     if isinstance(model, LoadedModel):
         shapes = model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -36,6 +37,7 @@ from ..models.blocks import Block, passed_over
 from ..models.contents import model_hash
 from ..models.loading import LoadedModel, resolve_device
 from ..problems.pattern import Pattern, pattern_of
+from ..problems.products import TF32_OVERRIDE, tf32_is_forced
 from ..progress import Progress, Silent
 from ..ranks import Ranks
 from ..records.run import LayerRecord, known_mean
@@ -90,6 +92,8 @@ def prune(
     target = resolve_device(machine.device)
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
+    if ranks.first:
+        _tell_of_tf32(target)
     with ExitStack() as stack:
         if folder is not None:
             ranks.from_first(lambda: stack.enter_context(claimed(folder, resume)))
@@ -140,6 +144,16 @@ def _run(
     report = report_now()
     record.set({"report": {key: value for key, value in report.to_json().items() if key != "layers"}})
     return ranks.from_first(lambda: report)
+
+
+def _tell_of_tf32(device: torch.device) -> None:
+    """One line where the environment degrades products of float32."""
+    if tf32_is_forced(device):
+        warnings.warn(
+            f"{TF32_OVERRIDE} has products of float32 on {device} in tf32, which nothing else can undo: sums "
+            "of activations and gradients are made in float64 instead; unset it",
+            stacklevel=3,
+        )
 
 
 def _settings_of(
