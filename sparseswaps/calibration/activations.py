@@ -136,15 +136,29 @@ class Stream:
 
     @contextmanager
     def recalled(self, batch: int) -> Iterator[None]:
-        """Finished blocks return what they returned before for this batch; the others run as ever."""
+        """Finished blocks return what they returned before for this batch; the others run as ever.
+
+        That is kept of the last one of each stack, in whose place those before it hand on zeros.
+        """
         device = device_of(self._model)
+        finished = self._blocks[: self._done] if self._skip else ()
+        last = {block.stack: block for block in finished}
+
+        def blank(stack: int) -> Callable[..., Any]:
+            return lambda *_, **__: self._store.blank((batch, stack), device)
 
         def recall(stack: int) -> Callable[..., Any]:
-            return lambda *_, **__: self._store.recall((batch, stack), device)
+            def recalled(*_: Any, **__: Any) -> Any:
+                found = self._store.recall((batch, stack), device)
+                self._store.expect((batch + 1, stack), device)
+                return found
+
+            return recalled
 
         with ExitStack() as replaced:
-            for block in self._blocks[: self._done] if self._skip else ():
-                replaced.enter_context(forward_replaced(block.module, recall(block.stack)))
+            for block in finished:
+                forward = (recall if block is last[block.stack] else blank)(block.stack)
+                replaced.enter_context(forward_replaced(block.module, forward))
             yield
 
     @contextmanager
