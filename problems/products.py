@@ -106,6 +106,14 @@ def has_tensor_cores(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= TENSOR_CORES
 
 
+def device_buffers(cols: int) -> int:
+    """Bytes on a device, beside sums and activations, while those of so many channels are added."""
+    # of a symmetric sum of three parts: both factors, six parts side by side, and float64 beside float32
+    stacked = 2 * 6 * 2 * TENSOR_BATCH
+    tensor = TENSOR_PANEL * (4 * TENSOR_BATCH // TENSOR_TOKENS + 16)
+    return cols * max(stacked + tensor, 12 * DEVICE_PANEL)
+
+
 def is_half(rows: Tensor) -> bool:
     """Whether ``rows`` is in a half precision that tensor cores multiply."""
     return rows.dtype in (torch.bfloat16, torch.float16)

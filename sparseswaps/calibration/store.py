@@ -19,6 +19,9 @@ from torch.utils import _pytree as pytree
 from ..errors import InvalidFileError, found_of, is_full
 from ..machine import size
 
+# Values that are fetched before they are asked for: one of each stack of blocks of a model.
+MOST_AHEAD = 2
+
 
 @dataclass
 class _Held:
@@ -233,18 +236,19 @@ _Fetched = tuple[Any, torch.cuda.Event | None]
 
 
 class _Ahead:
-    """At most one value that is being fetched before it is asked for."""
+    """A few values that are being fetched before they are asked for."""
 
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._expected: tuple[Hashable, torch.device, Future[_Fetched]] | None = None
+        self._expected: dict[tuple[Hashable, torch.device], Future[_Fetched]] = {}
 
     def begin(self, key: Hashable, kept: _Kept, device: torch.device) -> None:
         """Fetch ``kept`` to ``device`` while others go on."""
-        if self._expected is not None and self._expected[:2] == (key, device):
+        if (key, device) in self._expected:
             return
-        self._forget()
+        while len(self._expected) >= MOST_AHEAD:  # nobody has asked for the oldest
+            self._forget(next(iter(self._expected)))
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="activations")
         stream = None
@@ -253,13 +257,13 @@ class _Ahead:
                 self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             stream = self._streams[device]
             stream.wait_stream(torch.cuda.current_stream(device))  # it may still be on its way to memory
-        self._expected = key, device, self._thread.submit(_fetched, kept, device, stream)
+        self._expected[key, device] = self._thread.submit(_fetched, kept, device, stream)
 
     def take(self, key: Hashable, device: torch.device) -> Any | None:
         """What was fetched for ``key``, once; None if nothing was."""
-        if self._expected is None or self._expected[:2] != (key, device):
+        future = self._expected.pop((key, device), None)
+        if future is None:
             return None
-        future, self._expected = self._expected[2], None
         value, done = future.result()
         if done is not None:
             stream = torch.cuda.current_stream(device)
@@ -271,13 +275,11 @@ class _Ahead:
 
     def drop(self, key: Hashable) -> None:
         """Nothing is fetched for ``key`` any more."""
-        if self._expected is not None and self._expected[0] == key:
-            self._forget()
+        for place in [place for place in self._expected if place[0] == key]:
+            self._forget(place)
 
-    def _forget(self) -> None:
-        if self._expected is not None:
-            wait([self._expected[2]])  # it may be reading a file that goes away
-            self._expected = None
+    def _forget(self, place: tuple[Hashable, torch.device]) -> None:
+        wait([self._expected.pop(place)])  # it may be reading a file that goes away
 
 
 def _fetched(kept: _Kept, device: torch.device, stream: torch.cuda.Stream | None) -> _Fetched:

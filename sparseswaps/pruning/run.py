@@ -33,7 +33,7 @@ from ..masks.saving import (
     run_record,
     save_run,
 )
-from ..models.blocks import Block, passed_over
+from ..models.blocks import Block, device_of, passed_over
 from ..models.contents import model_hash
 from ..models.loading import LoadedModel, resolve_device
 from ..problems.pattern import Pattern, pattern_of
@@ -107,12 +107,20 @@ def prune(
             record,
             progress,
             ranks,
-            TensorStore(inputs.activation_limit),
+            _activation_store(inputs),
             loaded.residence,
             on_layer,
             {layer.name: loaded.dtypes[layer.parameter_name] for layer in inputs.layers},
         )
         return _run(inputs, dense, context, folder, begin)
+
+
+def _activation_store(inputs: Inputs) -> TensorStore:
+    """Where activations are kept: on a device what fits there."""
+    device = device_of(inputs.model.model)
+    if device.type == "cpu":
+        return TensorStore(inputs.activation_limit)
+    return TensorStore(inputs.activation_limit, device=device, room=inputs.activation_room)
 
 
 def _run(
