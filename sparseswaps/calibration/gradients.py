@@ -31,9 +31,11 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import InputError, InvalidModelError, InvalidProblemError
 from ..models.blocks import Block, PrunableLayer, device_of
 from ..models.inputs import Samples
+from ..models.offload import Residence
 from ..models.outputs import output_states
 from ..problems.products import Factor, Products, mirrored
-from .activations import forward_replaced
+from .activations import can_skip, forward_replaced
+from .backward import backward_through_blocks
 from .logits import Outputs, SlicedModel
 from .sampling import Draws, drawn_labels
 from .store import TensorStore
@@ -42,6 +44,8 @@ Report = Callable[[int, int], None]
 
 # Moments of output gradients that are gathered at a time, where no limit is set.
 MOMENT_BYTES = 8 * 10**9
+# Activations that are kept between blocks that come to memory one by one.
+HISTORY_BYTES = 16 * 10**9
 
 
 def gradient_moments(
@@ -52,6 +56,8 @@ def gradient_moments(
     seed: int = 0,
     report: Report | None = None,
     wanted: Sequence[Block] | None = None,
+    residence: Residence | None = None,
+    store: TensorStore | None = None,
 ) -> dict[str, Tensor]:
     """``Σ g gᵀ`` (rows, rows), float32 on the CPU, of every layer that is a module of its own.
 
@@ -65,6 +71,9 @@ def gradient_moments(
         seed: of the sampled labels or directions, which no batch size changes.
         report: called with (windows done, windows in all).
         wanted: only layers of these blocks; all by default.
+        residence: where the blocks' weights are that come to memory once forward and once backward; by
+            default windows go through the whole model, as they must where ``can_skip`` says no.
+        store: keeps activations between these blocks; main memory by default.
 
     Raises:
         InvalidModelError: if the model's loss has no gradient or it holds NaN or Inf.
@@ -75,13 +84,19 @@ def gradient_moments(
     with ExitStack() as stack:
         stack.enter_context(no_weight_gradients(model))
         stack.enter_context(_activation_gradients(blocks, wanted))
-        for block in blocks:
-            stack.enter_context(forward_replaced(block.module, checkpointed(block.module.forward)))
         for layer in (layer for block in wanted for layer in block.layers if layer.expert is None):
             hook = layer.module.register_forward_hook(_moment_hook(layer, moments))
             stack.callback(hook.remove)
         size = sliced.batch_size(windows.shape[1], batch_size)
-        gathering = _Gathering(sliced, windows, Draws(seed), moments, size)
+        gathering: _Gathering = _Gathering(sliced, windows, Draws(seed), moments, size)
+        if residence is not None:
+            first = min(number for number, block in enumerate(blocks) if block in wanted)
+            gathering = _BlockByBlock(
+                sliced, windows, Draws(seed), moments, size, blocks, first, residence, store or TensorStore()
+            )
+        else:
+            for block in blocks:
+                stack.enter_context(forward_replaced(block.module, checkpointed(block.module.forward)))
         for done in gathering.batches():
             if report:
                 report(done, len(windows))
@@ -118,33 +133,90 @@ class _Gathering:
         if self._fits(batch):
             return
         added = self.moments.added
-        torch.cuda.empty_cache()
-        self.size = len(batch) // 2
-        warnings.warn(
-            f"output metric: memory of {device_of(self.model.model)} is full with {len(batch)} windows at a "
-            f"time; it goes on with {self.size}",
-            stacklevel=2,
-        )
+        self._halve(len(batch))
         for part in self._parts(batch):
             self._gather(part, added)
+
+    def _halve(self, size: int) -> None:
+        """Go on with half of ``size`` windows at a time, which were too many, and say so."""
+        torch.cuda.empty_cache()
+        self.size = size // 2
+        warnings.warn(
+            f"output metric: memory of {device_of(self.model.model)} is full with {size} windows at a time; "
+            f"it goes on with {self.size}",
+            stacklevel=2,
+        )
 
     def _fits(self, batch: range) -> bool:
         """Whether memory let a pass forward and backward over some windows through; over one it must."""
         try:
             with torch.enable_grad():
-                outputs = self.model.run(self.windows[batch.start : batch.stop])
-                loss = _sampled_loss(outputs, self.draws, batch)
-                if not loss.requires_grad:
-                    raise InvalidModelError(
-                        f"{type(self.model.model).__name__}: expected a loss with gradients for the output "
-                        "metric, found none; run without the output metric"
-                    )
+                loss = self._loss(self.model.run(self.windows[batch.start : batch.stop]), batch)
                 loss.backward()  # type: ignore[no-untyped-call]
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
             return False
         return True
+
+    def _loss(self, outputs: Outputs, batch: range) -> Tensor:
+        loss = _sampled_loss(outputs, self.draws, batch)
+        if not loss.requires_grad:
+            raise InvalidModelError(
+                f"{type(self.model.model).__name__}: expected a loss with gradients for the output metric, "
+                "found none; run without the output metric"
+            )
+        return loss
+
+
+@dataclass(eq=False)
+class _BlockByBlock(_Gathering):
+    """The same, block by block for as many windows as ``HISTORY_BYTES`` hold the activations of.
+
+    Where memory is full it begins again, with the same labels.
+    """
+
+    blocks: Sequence[Block]
+    first: int
+    residence: Residence
+    store: TensorStore
+
+    def batches(self) -> Iterator[int]:
+        done = 0
+        while done < len(self.windows):
+            most = self.size * max(1, HISTORY_BYTES // (self.size * self._bytes()))
+            windows = range(done, min(done + most, len(self.windows)))
+            if self._all_fit(list(self._parts(windows))):
+                done = windows.stop
+                yield done
+            else:
+                self.moments.clear()
+                self._halve(self.size)
+                done = 0
+
+    def _all_fit(self, parts: list[range]) -> bool:
+        try:
+            backward_through_blocks(
+                self.model,
+                self.blocks,
+                self.windows,
+                parts,
+                self.first,
+                self._loss,
+                self.residence,
+                self.store,
+            )
+        except torch.OutOfMemoryError:
+            if self.size == 1:
+                raise
+            return False
+        return True
+
+    def _bytes(self) -> int:
+        """About the bytes that the blocks return for a window."""
+        layers = [layer for block in self.blocks for layer in block.layers]
+        hidden = min(layer.weight.shape[1] for layer in layers)
+        return len(self.blocks) * self.windows.shape[1] * hidden * layers[0].weight.element_size()
 
 
 class _MomentSums:
@@ -162,6 +234,10 @@ class _MomentSums:
     def begin(self, known: Counter[str]) -> None:
         """A pass begins in which so many gradients of each layer, its first, are in the sums already."""
         self.added, self._known = Counter(), known
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        self._sums.clear()
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Add the gradient (..., rows) at a layer's output."""
@@ -233,7 +309,8 @@ class Moments:
 
     Args:
         model, blocks, windows, batch_size, report: as for ``gradient_moments``.
-        store: keeps the moments until they are taken out.
+        store: keeps the moments until they are taken out, and activations in between.
+        residence: where the blocks' weights are; in the model by default.
     """
 
     def __init__(
@@ -244,8 +321,11 @@ class Moments:
         batch_size: int,
         store: TensorStore,
         report: Report | None = None,
+        residence: Residence | None = None,
     ) -> None:
         self._store = store.sibling()
+        if residence is not None and not (residence.offloaded and can_skip(model, blocks, windows)):
+            residence = None
         groups = moment_groups(blocks, MOMENT_BYTES if store.limit is None else store.limit)
         for number, group in enumerate(groups):
 
@@ -253,7 +333,9 @@ class Moments:
                 if report:
                     report(number * total + done, len(groups) * total)
 
-            found = gradient_moments(model, blocks, windows, batch_size, report=tell, wanted=group)
+            found = gradient_moments(
+                model, blocks, windows, batch_size, 0, tell, group, residence, store.sibling()
+            )
             for name in list(found):
                 self._store.keep(name, found.pop(name))
 

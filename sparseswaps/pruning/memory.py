@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..calibration.gathering import batch_size_for, flow_batch_size, gradient_batch_size_for
-from ..calibration.gradients import MOMENT_BYTES, moment_bytes, moment_groups
+from ..calibration.gradients import HISTORY_BYTES, MOMENT_BYTES, moment_bytes, moment_groups
 from ..calibration.logits import slice_tokens, whole_windows
 from ..errors import InputError
 from ..evaluation.measures import evaluation_batch_size, is_causal
@@ -322,7 +322,14 @@ class _Stages:
     @property
     def resident(self) -> int:
         """Activations that stay on the device."""
-        return min(self.room, self._activations())
+        return min(self.room, max(self._activations(), self._history))
+
+    @cached_property
+    def _history(self) -> int:
+        """Activations of all blocks, and gradients, where these come to memory one by one in between."""
+        if not (self.work.metric and self.offload):
+            return 0
+        return min(HISTORY_BYTES, len(self.blocks) * self._states(len(self.windows))) * 3 // 2
 
     def _activations(self) -> int:
         streams = len({block.stack for block in self.blocks}) * (2 if self.work.drift else 1)
@@ -372,7 +379,7 @@ class _Stages:
         total, group = self._moments()
         windows = self._batch(gradient_batch_size_for(self._length))
         # without a device the group that is gathered is the one that is kept
-        kept = self._kept(total if self.on_device else total - group)
+        kept = self._kept((total if self.on_device else total - group) + self._history)
         passing = self._backward(windows) + self._logits(windows, GRADIENT_BYTES)
         if self.on_device:
             rows = max(layer.weight.shape[0] for layer in self.layers)

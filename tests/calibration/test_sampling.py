@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,10 @@ from sparseswaps.calibration import gradients
 from sparseswaps.calibration import logits as sliced_logits
 from sparseswaps.calibration.gradients import gradient_moments
 from sparseswaps.calibration.sampling import Draws, drawn_labels
+from sparseswaps.calibration.store import TensorStore
 from sparseswaps.errors import InputError
 from sparseswaps.models.blocks import find_blocks
+from sparseswaps.models.offload import Residence
 from sparseswaps.problems import products
 
 LARGEST = 1 - 2.0**-53  # below 1 in float64
@@ -135,6 +138,37 @@ def test_no_batch_or_slice_changes_the_labels(windows: Tensor, monkeypatch: pyte
     close(last, {name: whole[name] for name in last})
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bert", "t5"])
+def test_moments_block_by_block_are_those_of_whole_passes(
+    family: str, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in groups of blocks, in other batches, with activations in files, in rounds of few windows."""
+    model = tiny_models.build(family)
+    blocks = find_blocks(model)
+    for wanted in (blocks, blocks[:1], blocks[-1:], blocks[1:3]):
+        whole = gradient_moments(model, blocks, windows, 3, seed=2, wanted=wanted)
+        assert whole or family == "mixtral"
+        for size in (3, 7):
+            found = gradient_moments(
+                model,
+                blocks,
+                windows,
+                size,
+                seed=2,
+                wanted=wanted,
+                residence=Residence(),
+                store=TensorStore(0),
+            )
+            close(found, whole)
+        with monkeypatch.context() as patched:
+            patched.setattr(gradients, "HISTORY_BYTES", 1)
+            said: list[tuple[int, int]] = []
+            report = functools.partial(lambda said, *each: said.append(each), said)
+            close(gradient_moments(model, blocks, windows, 2, 2, report, wanted, Residence()), whole)
+            assert said == [(2, 7), (4, 7), (6, 7), (7, 7)]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """Memory lets backward passes through over some windows at most, after some gradients were added."""
@@ -184,6 +218,23 @@ def test_a_memory_that_is_full_again_and_again(
     expected = moments(7, windows)
     full(1, gradients_first)
     close(moments(7, windows), expected)
+
+
+def test_a_full_memory_begins_again_block_by_block(windows: Tensor) -> None:
+    """Gradients of the blocks behind the one whose pass failed count once."""
+    expected = moments(7, windows)
+    model = tiny_models.build("llama")
+    blocks = find_blocks(model)
+
+    def fails(_module: object, inputs: tuple[Tensor, ...], _output: object) -> None:
+        if torch.is_grad_enabled() and len(inputs[0]) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+
+    handle = blocks[0].module.register_forward_hook(fails)
+    with pytest.warns(UserWarning, match="full with 5 windows at a time; it goes on with 2"):
+        found = gradient_moments(model, blocks, windows, 5, seed=1, residence=Residence())
+    handle.remove()
+    close(found, expected)
 
 
 def test_a_memory_that_is_full_with_one_window_ends_the_run(
