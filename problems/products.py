@@ -300,8 +300,8 @@ class _InParts:
             if first + second == order
         ]
         return cls(
-            torch.cat([_in_sums(left.parts[first][tokens]) for first, _ in pairs], dim=1),
-            torch.cat([_in_sums(right.parts[second][tokens]) for _, second in pairs], dim=1),
+            _side_by_side([_in_sums(left.parts[first][tokens]) for first, _ in pairs]),
+            _side_by_side([_in_sums(right.parts[second][tokens]) for _, second in pairs]),
         )
 
     def product(self, columns: slice, others: slice) -> Tensor:
@@ -315,6 +315,10 @@ def _in_sums(rows: Tensor) -> Tensor:
     if missing:
         rows = torch.cat([rows, rows.new_zeros((missing, rows.shape[1]))])
     return rows.view(-1, TENSOR_TOKENS, rows.shape[1])
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def float32_sums(left: Tensor, right: Tensor) -> Tensor:
