@@ -15,13 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidProblemError
+from .products import Factor, Products, difference, is_half, mirrored
 
-# float32 products of at most this many tokens are summed in float64: rounding stays that of one chunk
-CHUNK_TOKENS = 1024
-# Columns that are multiplied at a time; in a symmetric product with those to their right only
-PANEL = 384
-# Channels whose largest value lies between these need no scaling: squares stay far from float32's ends
-SMALL, LARGE = 2.0**-40, 2.0**50
 # A float32 Gram of many tokens is off by about 1e-6 of its diagonal; ten times that is still rounding.
 SYMMETRY_TOLERANCE = 1e-5
 # Smallest eigenvalue of corr(G) that rounding alone explains, for the same reason times sqrt(cols).
@@ -189,9 +184,9 @@ def _checked_semidefinite(matrix: Tensor) -> Tensor:
 class GramAccumulator:
     """Sums ``X Xᵀ`` over batches of activations, and with ``drift`` the sums that drift needs.
 
-    Products are float32 over a chunk of tokens and summed in float64. Channels far from 1 are scaled by
-    powers of two before: activations of any dtype and range can neither overflow nor lose their small
-    channels. Of symmetric sums only the upper triangle is gathered.
+    Sums over a few tokens are in float32, those of all in float64 (see ``products``): activations of any
+    dtype and range can neither overflow nor lose their small channels. Of symmetric sums only the upper
+    triangle is gathered.
 
     Args:
         cols: input channels of the layer.
@@ -248,28 +243,57 @@ class GramAccumulator:
         rows = self._flatten(inputs, cols)
         if not len(rows):
             return
-        present = _InRange.of(rows)
-        parts = [(self._sums[0], present, present)]
+        dense = stream = None
         if dense_inputs is not None:
             dense = self._flatten(dense_inputs, cols)
             self._same_tokens(rows, dense)
-            lost = _InRange.of(_difference(dense, rows))
+        if residual_loss is not None:
+            stream = self._flatten(residual_loss, width)
+            self._same_tokens(rows, stream)
+        self._add(rows, dense, stream)
+
+    def _add(self, rows: Tensor, dense: Tensor | None, stream: Tensor | None) -> None:
+        """Add tokens, in halves where memory is full."""
+        products = Products(rows.device, is_half(rows))
+        try:
+            parts = self._parts(products, rows, dense, stream)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+            parts = []
+        if not parts:
+            torch.cuda.empty_cache()
+            for half in (slice(None, len(rows) // 2), slice(len(rows) // 2, None)):
+                halves = (None if each is None else each[half] for each in (dense, stream))
+                self._add(rows[half], *halves)
+            return
+        for piece in products.pieces(len(rows)):
+            for total, left, right in parts:
+                products.add(total, left, right, piece)
+            self._totals += parts[0][1].sum(piece)
+        self.tokens += len(rows)
+
+    def _parts(
+        self, products: Products, rows: Tensor, dense: Tensor | None, stream: Tensor | None
+    ) -> list[tuple[Tensor, Factor, Factor]]:
+        """Which products are added to which sums, that of the inputs with themselves first."""
+        cols = self._sums.shape[-1]
+        present = Factor.of(rows)
+        factors, parts = [present], [(self._sums[0], present, present)]
+        if dense is not None:
+            lost = Factor.of(difference(dense, rows), present.half)
+            factors.append(lost)
             parts += [(self._sums[1], present, lost), (self._sums[2], lost, lost)]
-            if residual_loss is not None:
-                stream = self._flatten(residual_loss, width)
-                self._same_tokens(rows, stream)
-                gone = _InRange.of(stream)
+            if stream is not None:
+                gone = Factor.of(stream, present.half)
+                factors.append(gone)
                 parts += [
                     (self._residual[:cols], present, gone),
                     (self._residual[cols : 2 * cols], lost, gone),
                     (self._residual[2 * cols :], gone, gone),
                 ]
-        for start in range(0, len(rows), CHUNK_TOKENS):
-            piece = slice(start, start + CHUNK_TOKENS)
-            for total, left, right in parts:
-                left.add_product(total, right, piece)
-            self._totals += present.sum(piece)
-        self.tokens += len(rows)
+        products.prepare(*factors)
+        return parts
 
     def merge(self, other: GramAccumulator) -> None:
         """Add the sums of another accumulator, for instance of another process."""
@@ -313,7 +337,7 @@ class GramAccumulator:
         """The Gram matrix ``X̂ X̂ᵀ`` of everything added so far, with the means of the channels."""
         self._require_tokens()
         # positive semidefinite by construction: nothing left to check
-        return _trusted_gram(_mirrored(self._sums[0]), self.tokens, self._totals / self.tokens)
+        return _trusted_gram(mirrored(self._sums[0]), self.tokens, self._totals / self.tokens)
 
     def cross(self) -> Tensor:
         """``X̂ (X - X̂)ᵀ`` (cols, cols), float64."""
@@ -321,7 +345,7 @@ class GramAccumulator:
 
     def lost(self) -> Tensor:
         """``(X - X̂)(X - X̂)ᵀ`` (cols, cols), float64."""
-        return _mirrored(self._sums[2])
+        return mirrored(self._sums[2])
 
     def residual_cross(self) -> Tensor:
         """``X̂ sᵀ`` (cols, residual), float64."""
@@ -334,7 +358,7 @@ class GramAccumulator:
 
     def residual(self) -> Tensor:
         """``s sᵀ`` (residual, residual), float64."""
-        return _mirrored(self._residual[2 * self._sums.shape[-1] :])
+        return mirrored(self._residual[2 * self._sums.shape[-1] :])
 
     def _require_tokens(self) -> None:
         if self.tokens == 0:
@@ -354,67 +378,3 @@ class GramAccumulator:
             raise InvalidProblemError(
                 f"dense and pruned inputs cover the same tokens: expected {len(rows)}, found {len(others)}"
             )
-
-
-def _difference(left: Tensor, right: Tensor) -> Tensor:
-    """``left - right`` in float32, or in float64 for float64 values and where float32 overflows."""
-    kind = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
-    found = left.to(kind) - right.to(kind)
-    if bool(torch.isfinite(found.abs().amax())):
-        return found
-    return left.double() - right.double()
-
-
-@dataclass(frozen=True, eq=False)
-class _InRange:
-    """Activations (tokens, cols) in float32, each channel divided by a power of two if any needs it.
-
-    Attributes:
-        rows: the quotients.
-        scale: (cols,), float64, or None where every channel is as it was.
-    """
-
-    rows: Tensor
-    scale: Tensor | None
-
-    @classmethod
-    def of(cls, rows: Tensor) -> _InRange:
-        """``rows`` (tokens, cols) of any floating dtype, at least one token.
-
-        Raises:
-            InvalidProblemError: for NaN or Inf.
-        """
-        largest = rows.abs().amax(0).double()
-        if bool(((largest == 0) | ((largest >= SMALL) & (largest <= LARGE))).all()):
-            return cls(rows.float(), None)
-        if not bool(torch.isfinite(largest).all()):
-            raise InvalidProblemError(
-                f"activations are finite: expected no NaN or Inf, found {int((~torch.isfinite(rows)).sum())}"
-            )
-        # powers of two, so that the division is exact; zero channels keep scale 1
-        scale = torch.exp2(torch.ceil(torch.log2(largest.clamp_min(torch.finfo(torch.float64).tiny))))
-        scale = torch.where(largest > 0, scale, 1.0)
-        return cls((rows.double() / scale).float(), scale)
-
-    def sum(self, tokens: slice) -> Tensor:
-        """Sum of the values over some tokens (cols,), float64."""
-        found = self.rows[tokens].sum(0).double()
-        return found if self.scale is None else found * self.scale
-
-    def add_product(self, total: Tensor, other: _InRange, tokens: slice) -> None:
-        """``total += selfᵀ other`` over some tokens, float64; of a product with itself the upper triangle."""
-        for start in range(0, len(total), PANEL):
-            panel = slice(start, start + PANEL)
-            right = slice(start if other is self else 0, None)
-            product = self.rows[tokens, panel].T @ other.rows[tokens, right]
-            if self.scale is not None:
-                product = product.double() * self.scale[panel, None]
-            if other.scale is not None:
-                product = product.double() * other.scale[right]
-            total[panel, right] += product
-
-
-def _mirrored(upper: Tensor) -> Tensor:
-    """The symmetric matrix with the upper triangle of ``upper`` (size, size)."""
-    upper = upper.triu()
-    return upper.add_(upper.triu(1).T)

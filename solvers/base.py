@@ -27,6 +27,7 @@ from ..errors import (
 )
 from ..problems.layer import LayerProblem
 from ..problems.pattern import Coupling
+from ..problems.products import full_precision
 
 # Bounds and objectives are computed in float64 by different routes; more than this is a false proof.
 BOUND_TOLERANCE = 1e-6
@@ -322,7 +323,8 @@ def solve(
         )
     budget = budget or Budget()
     start = time.perf_counter()
-    outcome = solver.run(problem, None if init is None else init.to(problem.device), budget)
+    with full_precision():
+        outcome = solver.run(problem, None if init is None else init.to(problem.device), budget)
     seconds = time.perf_counter() - start
     return _checked(problem, solver, outcome, seconds)
 

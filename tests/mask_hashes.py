@@ -1,7 +1,7 @@
 """SHA-256 of the masks that runs with different options find on the demo model.
 
-``python tests/mask_hashes.py`` prints them as ``golden/mask_hashes.json`` keeps them. They were made at
-commit 1846330, so that what only puts things in order is seen to change no mask.
+``python tests/mask_hashes.py`` prints them as ``golden/mask_hashes.json`` keeps them, so that what only puts
+things in order is seen to change no mask. They are made again where masks are meant to change.
 """
 
 from __future__ import annotations

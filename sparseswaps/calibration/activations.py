@@ -27,6 +27,8 @@ from .products import ExpertObserver, WeightUse, with_contracted_axes
 from .store import TensorStore
 
 Observer = Callable[[PrunableLayer, Tensor], None]
+# What is made of the output of a finished block, of that number, where the model reads it again.
+Given = Callable[[int, Any], Any]
 
 
 class _Stop(Exception):  # noqa: N818  (control flow, not an error)
@@ -64,6 +66,7 @@ class Stream:
         skip: whether finished blocks return what they returned before; otherwise the whole model runs
             every time, for models whose blocks depend on each other in other ways (``can_skip``).
         store: keeps what blocks return; main memory by default.
+        history: whether it keeps that of all blocks, and not of the last one of each stack alone.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Stream:
         batch_size: int,
         skip: bool = True,
         store: TensorStore | None = None,
+        history: bool = False,
     ) -> None:
         self._model = model
         self._blocks = blocks
@@ -81,6 +85,7 @@ class Stream:
         self._skip = skip
         self._done = 0
         self._store = store or TensorStore()
+        self._history = history
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -118,6 +123,7 @@ class Stream:
                 end = self._skip and not advance
                 watching.enter_context(_AdditionObserver(writers, stream_observer, end))
             watching.enter_context(self._cut_after(batch, advance))
+            watching.enter_context(torch.no_grad())
             self._forward(batch)
 
     def advance(self, batch: int) -> None:
@@ -129,23 +135,64 @@ class Stream:
         """Go on to the next block, after every batch was advanced."""
         self._done += 1
 
+    def go_back(self) -> None:
+        """Look into the block before, again; with the history of all blocks."""
+        self._done -= 1
+
+    def forget(self, batch: int, number: int) -> None:
+        """Nobody will ask for what the block of that number returned for a batch."""
+        self._store.drop(self._key(batch, number))
+
+    def output(self, batch: int, given: Given) -> Any:
+        """What the current block returns for a batch, with gradients of what ``given`` makes of its inputs.
+
+        Args:
+            batch: which one.
+            given: called with the number of the last finished block of each stack and what it returned;
+                returns that, or something else in its place.
+        """
+        found: list[Any] = []
+        with self._ending_with(batch, found.append, given), torch.enable_grad():
+            self._forward(batch)
+        return found[0]
+
     def _forward(self, batch: int) -> None:
         device = device_of(self._model)
-        with torch.no_grad(), until_head(self._model):
+        with until_head(self._model):
             self._model(**forward_inputs(self._model, self._batches[batch].to(device)))
 
     @contextmanager
-    def recalled(self, batch: int) -> Iterator[None]:
-        """Finished blocks return what they returned before for this batch; the others run as ever."""
-        device = device_of(self._model)
+    def recalled(self, batch: int, given: Given | None = None) -> Iterator[None]:
+        """Finished blocks return what they returned before for this batch; the others run as ever.
 
-        def recall(stack: int) -> Callable[..., Any]:
-            return lambda *_, **__: self._store.recall((batch, stack), device)
+        That is kept of the last one of each stack, in whose place those before it hand on zeros. Arguments as
+        for ``output``.
+        """
+        device = device_of(self._model)
+        finished = self._blocks[: self._done] if self._skip else ()
+        last = {block.stack: number for number, block in enumerate(finished)}
+
+        def blank(number: int) -> Callable[..., Any]:
+            return lambda *_, **__: self._store.blank(self._key(batch, number), device)
+
+        def recall(number: int) -> Callable[..., Any]:
+            def recalled(*_: Any, **__: Any) -> Any:
+                found = self._store.recall(self._key(batch, number), device)
+                self._store.expect(self._key(batch + 1, number), device)
+                return found if given is None else given(number, found)
+
+            return recalled
 
         with ExitStack() as replaced:
-            for block in self._blocks[: self._done] if self._skip else ():
-                replaced.enter_context(forward_replaced(block.module, recall(block.stack)))
+            for number, block in enumerate(finished):
+                there = last[block.stack]
+                forward = recall(number) if number == there else blank(there)
+                replaced.enter_context(forward_replaced(block.module, forward))
             yield
+
+    def _key(self, batch: int, number: int) -> tuple[int, int]:
+        """Where the output of a block is kept."""
+        return batch, number if self._history else self._blocks[number].stack
 
     @contextmanager
     def _cut_after(self, batch: int, keep: bool) -> Iterator[None]:
@@ -153,16 +200,25 @@ class Stream:
         if not self._skip:
             yield
             return
-        current = self.current
-        original = current.module.forward
+        key = self._key(batch, self._done)
+        with self._ending_with(batch, (lambda output: self._store.keep(key, output)) if keep else None):
+            yield
+
+    @contextmanager
+    def _ending_with(
+        self, batch: int, take: Callable[[Any], None] | None, given: Given | None = None
+    ) -> Iterator[None]:
+        """The model stops after the current block, whose output ``take`` gets."""
+        module = self.current.module
+        original = module.forward
 
         def last(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
-            if keep:
-                self._store.keep((batch, current.stack), output)
+            if take is not None:
+                take(output)
             raise _Stop
 
-        with self.recalled(batch), forward_replaced(current.module, last):
+        with self.recalled(batch, given), forward_replaced(module, last):
             yield
 
 

@@ -3,7 +3,8 @@
 The files are the checkpoint's own, as transformers maps them for accelerate; weights that transformers
 converts while it loads (experts of mixtures) go to a temporary folder. The system's file cache keeps in main
 memory what fits there. Nothing is written back: what became of a layer is a change of its dense weight (a
-mask, for instance), which is made again whenever the layer comes to memory.
+mask, for instance), which is made again whenever the layer comes to memory. While a block computes, the next
+one is read in a thread, in the direction in which they have come so far.
 
 A block that is called outside of ``resident`` comes to memory for that call, so that any code can run the
 model.
@@ -16,7 +17,9 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
@@ -86,42 +89,75 @@ class OffloadedBlocks(Residence):
         self._blocks = find_blocks(model, routers=True)
         # of each parameter, by the names of the layers in it
         self._changes: dict[str, dict[str, tuple[PrunableLayer, Change]]] = {}
+        self._edits = 0  # of changes, so that what is in memory is known to be out of date
         self._inside: set[str] = set()
+        self._last: _Loaded | None = None
+        self._number, self._step = -1, 1
+        self._reader = _Reader(files, device)
         for block in self._blocks:
             block.module.__dict__["forward"] = self._loaded_for(block, block.module.forward)
 
     @contextmanager
     def resident(self, block: Block) -> Iterator[None]:
-        """The weights of ``block`` are in memory while this is open; it may be opened again inside."""
+        """The weights of ``block`` are in memory while this is open; it may be opened again inside.
+
+        The next block is read meanwhile, and the last one is not read again where it is the next one too.
+        """
         if block.name in self._inside:
             yield
             return
-        places = [
-            (module, name, parameter, f"{block.name}.{path}.{name}" if path else f"{block.name}.{name}")
-            for path, module in block.module.named_modules()
-            for name, parameter in module.named_parameters(recurse=False)
-        ]
-        loaded: dict[int, nn.Parameter] = {}
+        places = _places(block)
+        loaded = self._loaded(block.name, {name: parameter.dtype for _, _, parameter, name in places})
         self._inside.add(block.name)
         try:
-            for module, name, parameter, full_name in places:
-                if id(parameter) not in loaded:  # two modules may share one
-                    found = self.parameter(full_name, parameter.dtype).to(self._device)
-                    loaded[id(parameter)] = nn.Parameter(found, requires_grad=parameter.requires_grad)
-                setattr(module, name, loaded[id(parameter)])
+            for module, attribute, parameter, name in places:
+                setattr(module, attribute, loaded[name].requires_grad_(parameter.requires_grad))
             yield
         finally:
-            for module, name, parameter, _ in places:
-                setattr(module, name, parameter)
+            for module, attribute, parameter, _ in places:
+                setattr(module, attribute, parameter)
             self._inside.discard(block.name)
+
+    def _loaded(self, block: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, nn.Parameter]:
+        """Parameters of a block on the device; what will be asked for next begins to be read."""
+        if self._last is None or not self._last.is_still(block, self._edits):
+            self._last = None  # one block at a time, beside what is read of the next
+            found = {
+                name: nn.Parameter(self._moved(self._changed(name, dense)), requires_grad=False)
+                for name, dense in self._reader.read(block, dtypes).items()
+            }
+            self._last = _Loaded(block, found, self._edits)
+        following = self._following(block)
+        if following is not None and following.name not in self._inside:
+            self._reader.begin(
+                following.name, {name: parameter.dtype for _, _, parameter, name in _places(following)}
+            )
+        return self._last.parameters
+
+    def _following(self, block: str) -> Block | None:
+        """The block that comes next in the direction in which they have come so far, None behind the last."""
+        number = next(i for i, each in enumerate(self._blocks) if each.name == block)
+        if number != self._number:
+            self._step = -1 if number == self._number - 1 else 1
+        elif number in (0, len(self._blocks) - 1):  # a pass ended here, the next one begins
+            self._step = 1 if number == 0 else -1
+        self._number = number
+        place = number + self._step
+        return self._blocks[place] if 0 <= place < len(self._blocks) else None
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, non_blocking=self._device.type == "cuda")
 
     def parameter(self, name: str, dtype: torch.dtype) -> Tensor:
         """A copy of a block's parameter with its layers as they are now, on the CPU."""
-        found = self._files[name].to(dtype, copy=True)
+        return self._changed(name, self._files[name].to(dtype, copy=True))
+
+    def _changed(self, name: str, dense: Tensor) -> Tensor:
+        """A parameter as it came, with its layers as they are now."""
         for layer, change in self._changes.get(name, {}).values():
-            weight = layer.within(found)
+            weight = layer.within(dense)
             weight.copy_(change(weight))
-        return found
+        return dense
 
     def weight(self, layer: PrunableLayer) -> Tensor:
         """``W`` (rows, cols) as it is now, in the model's dtype."""
@@ -134,11 +170,13 @@ class OffloadedBlocks(Residence):
     def change(self, layer: PrunableLayer, change: Change) -> None:
         """``W`` becomes ``change`` of the dense weight, instead of any change before."""
         self._changes.setdefault(layer.parameter_name, {})[layer.name] = layer, change
+        self._edits += 1
         if not layer.weight.is_meta:
             layer.write(change(self.dense(layer, layer.weight.dtype).to(layer.weight.device)))
 
     def restore(self, layers: Sequence[PrunableLayer], dense: Mapping[str, Tensor]) -> None:
         """``layers`` are dense again, from the next time on that they come to memory."""
+        self._edits += 1
         for layer in layers:
             self._changes.get(layer.parameter_name, {}).pop(layer.name, None)
 
@@ -174,6 +212,83 @@ class OffloadedBlocks(Residence):
                 return forward(*args, **kwargs)
 
         return loaded
+
+
+def _places(block: Block) -> list[tuple[nn.Module, str, nn.Parameter, str]]:
+    """Module, attribute, parameter and its name, of each parameter of a block; modules may share one."""
+    places = []
+    names: dict[int, str] = {}
+    for path, module in block.module.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            name = ".".join(part for part in (block.name, path, attribute) if part)
+            places.append((module, attribute, parameter, names.setdefault(id(parameter), name)))
+    return places
+
+
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    """A block that was in memory last.
+
+    Attributes:
+        block: its name.
+        parameters: by name, as they were then.
+        edits: changes of layers until then.
+    """
+
+    block: str
+    parameters: dict[str, nn.Parameter]
+    edits: int
+    versions: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        versions = {name: parameter._version for name, parameter in self.parameters.items()}
+        object.__setattr__(self, "versions", versions)
+
+    def is_still(self, block: str, edits: int) -> bool:
+        """Whether this is the block, and nobody has changed it or written into it since."""
+        written = any(self.parameters[name]._version != version for name, version in self.versions.items())
+        return self.block == block and self.edits == edits and not written
+
+
+class _Reader:
+    """Reads blocks from their files, the next one while the present one computes.
+
+    On its way to a CUDA device a block is in page-locked memory.
+    """
+
+    def __init__(self, files: Mapping[str, Tensor], device: torch.device) -> None:
+        self._files = files
+        self._device = device
+        self._thread: ThreadPoolExecutor | None = None
+        self._begun: tuple[str, Future[dict[str, Tensor]]] | None = None
+
+    def begin(self, block: str, dtypes: Mapping[str, torch.dtype]) -> None:
+        """``block`` will be asked for next: read it in a thread."""
+        if self._begun is not None:
+            if self._begun[0] == block:
+                return
+            self._begun[1].cancel()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._begun = block, self._thread.submit(self._read, dtypes)
+
+    def read(self, block: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+        """Copies of the parameters of ``block`` by name, on the CPU."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            if begun[0] == block:
+                return begun[1].result()
+            begun[1].cancel()
+        return self._read(dtypes)
+
+    def _read(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+        return {name: self._copied(self._files[name], dtype) for name, dtype in dtypes.items()}
+
+    def _copied(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        if self._device.type != "cuda":
+            return tensor.to(dtype, copy=True)
+        with torch.cuda.device(self._device):
+            return torch.empty(tensor.shape, dtype=dtype, pin_memory=True).copy_(tensor)
 
 
 class _Current(Mapping[str, Tensor]):

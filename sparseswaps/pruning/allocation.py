@@ -88,7 +88,7 @@ def allocate(
     search = without_weight_updates(solver)
     if rule is Allocation.KNAPSACK:
         batch_size = gradient_batch_size_for(calibration.shape[1])
-        moments = Moments(model, blocks, calibration, batch_size, store or TensorStore())
+        moments = Moments(model, blocks, calibration, batch_size, store or TensorStore(), residence=residence)
     problems = layer_problems(model, blocks, pattern, calibration, residence)
     for done, problem in enumerate(problems, start=1):
         if rule is Allocation.OWL:

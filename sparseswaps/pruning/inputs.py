@@ -50,6 +50,7 @@ class Inputs:
         calibration, evaluation: windows; no evaluation is None.
         device: where it computes.
         activation_limit: bytes of activations in main memory, or None.
+        activation_room: bytes of activations that stay on the device.
     """
 
     settings: PruneSettings
@@ -59,6 +60,7 @@ class Inputs:
     evaluation: Windows | None
     device: torch.device
     activation_limit: int | None
+    activation_room: int = 0
 
     @property
     def layers(self) -> list[PrunableLayer]:
@@ -160,7 +162,7 @@ def gather_inputs(
     )
     asked = replace(asked, add_bos=beginning.add_bos)
     settings = with_drift_that_works(loaded.model, blocks, asked, calibration.tokens, machine.ranks)
-    return Inputs(settings, loaded, blocks, calibration, evaluation, target, limit)
+    return Inputs(settings, loaded, blocks, calibration, evaluation, target, limit, needs.activation_room)
 
 
 def _windows(shapes: LoadedModel, settings: PruneSettings, bos: bool) -> tuple[Windows, Windows | None]:

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import nn
 
 from ..calibration.gathering import batch_size_for, flow_batch_size, gradient_batch_size_for
-from ..calibration.gradients import MOMENT_BYTES, moment_bytes, moment_groups
+from ..calibration.gradients import HISTORY_BYTES, MOMENT_BYTES, moment_bytes, moment_groups
 from ..calibration.logits import slice_tokens, whole_windows
 from ..errors import InputError
 from ..evaluation.measures import evaluation_batch_size, is_causal
@@ -31,6 +31,8 @@ from ..machine import available_memory, duration, resident_memory, size
 from ..models.blocks import Block, PrunableLayer, device_of, output_head, vocabulary_of
 from ..models.inputs import Samples
 from ..models.loading import LoadedModel
+from ..problems.layer import ROW_CHUNK
+from ..problems.products import device_buffers, full_precision
 
 GB = 1e9
 # Bytes per entry of the widest layer's Gram matrix while its errors are measured: the matrix in float64,
@@ -40,10 +42,17 @@ GRAM_BYTES, SEARCH_BYTES = 28, 36
 # Per entry of logits: themselves and their logarithms; their gradient and that of the logarithms as well; the
 # dense model's beside them.
 EVALUATION_BYTES, GRADIENT_BYTES, DIVERGENCE_BYTES = 8, 16, 32
+# The same of a device beside that: the search's own state, of some rows at a time; errors in float64, of some
+# rows at a time, which are the lost weight, its product with the Gram matrix and the product of both.
+KERNEL_BYTES, KERNEL_ROWS, ERROR_BYTES = 22, 4096, 24
 # Per token and channel of a layer with drift: inputs of both models, their difference, one of them in range.
 DRIFT_BYTES = 16
 # Per token and channel of the residual stream: both streams, both in float64, their product and what is lost.
 RESIDUAL_BYTES = 36
+# Per token and channel of each on a device: parts in half precision, and what is left of the last of them.
+PARTS_BYTES = 10
+# Share of the device's free memory in which activations stay, where all else leaves it.
+ACTIVATION_SHARE = 0.25
 # Per entry of an output metric while it is made and used: itself, the drift's covariance, products of errors.
 METRIC_BYTES = 48
 # What comes to main memory while layers are pruned on a processor: compiled loops and their compiler.
@@ -91,6 +100,7 @@ class Estimate:
         held_bytes: main memory that this process holds already, without the model.
         host_bytes: beside both, in main memory.
         device_bytes: beside the model, on the device; 0 where that is the CPU.
+        activation_room: on the device for activations, those that need it among ``device_bytes``.
         seconds: of the layers, without evaluation, output metric, allocation and refinement.
     """
 
@@ -99,6 +109,7 @@ class Estimate:
     host_bytes: int
     device_bytes: int
     seconds: float
+    activation_room: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -145,10 +156,26 @@ def estimate(
     stages = _Stages(loaded, blocks, windows, work, ranks, activation_limit, offload, on_device)
     flops = _flops(stages.layers, windows.numel(), work.drift, stages.stream, ranks)
     held = resident_memory()
-    if not on_device and not all(parameter.is_meta for parameter in loaded.model.parameters()):
+    with_model = all(parameter.is_meta for parameter in loaded.model.parameters())
+    if not on_device and not with_model:
         held = max(0, held - stages.model)
     host, beside = stages.peaks()
-    return Estimate(stages.model, held, host, beside, flops / _rate(device))
+    free = free_memory(device)
+    if free is not None:
+        room = _activation_room(free - (stages.model if with_model else 0), beside)
+        stages = replace(stages, room=room)
+        host, beside = stages.peaks()
+    return Estimate(stages.model, held, host, beside, flops / _rate(device), stages.room)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes of the memory of a CUDA device, None of another one."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def _activation_room(free: int, needed: int) -> int:
+    """Bytes in which activations stay on a device of which so much is free and needed for all else."""
+    return max(0, min(int(ACTIVATION_SHARE * free), free - needed))
 
 
 def require_memory(
@@ -168,8 +195,8 @@ def require_memory(
     on_device = device.type != "cpu"
     model = found.model_bytes if with_model else 0
     pairs = [("main memory", found.host_bytes + (0 if on_device else model), available_memory())]
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+    free = free_memory(device)
+    if free is not None:
         pairs.append((f"memory of {device}", found.device_bytes + model, free))
     what = "the model, activations, Gram matrices and search"
     if not with_model:
@@ -192,6 +219,7 @@ class _Stages:
     """What each stage of a run holds beside the model, in bytes; arguments as for ``estimate``.
 
     A stage is a pair: what is kept in main memory, and what is computed, on the device where there is one.
+    ``room`` is for activations that stay there.
     """
 
     loaded: LoadedModel
@@ -202,6 +230,7 @@ class _Stages:
     limit: int | None
     offload: bool
     on_device: bool
+    room: int = 0
 
     def peaks(self) -> tuple[int, int]:
         """Of main memory and of the device, the latter 0 where that is the CPU."""
@@ -213,11 +242,12 @@ class _Stages:
         if self.work.refined:
             stages.append(self._refining())
         if self.on_device:
-            host = self._dense + max(kept for kept, _ in stages)
-            device = self._own + max(computed for _, computed in stages)
+            # beside the block in memory the next one is read ahead
+            host = self._dense + self._own + max(kept for kept, _ in stages)
+            device = self._own + self.resident + max(computed for _, computed in stages)
         else:
             most = max(kept + _with_gaps(computed) for kept, computed in stages)
-            host, device = self._dense + self._own + COMPILER_BYTES + most, 0
+            host, device = self._dense + 2 * self._own + COMPILER_BYTES + most, 0
         return max(host, self._dense + self._saving(), self._loading()), device
 
     @cached_property
@@ -289,6 +319,18 @@ class _Stages:
         """Hidden states of so many windows."""
         return windows * self._length * self._hidden * self._element
 
+    @property
+    def resident(self) -> int:
+        """Activations that stay on the device."""
+        return min(self.room, max(self._activations(), self._history))
+
+    @cached_property
+    def _history(self) -> int:
+        """Activations of all blocks, and gradients, where these come to memory one by one in between."""
+        if not (self.work.metric and self.offload):
+            return 0
+        return min(HISTORY_BYTES, len(self.blocks) * self._states(len(self.windows))) * 3 // 2
+
     def _activations(self) -> int:
         streams = len({block.stack for block in self.blocks}) * (2 if self.work.drift else 1)
         return self._states(len(self.windows) + self.work.held_out) * streams // self.ranks
@@ -337,8 +379,13 @@ class _Stages:
         total, group = self._moments()
         windows = self._batch(gradient_batch_size_for(self._length))
         # without a device the group that is gathered is the one that is kept
-        kept = self._kept(total if self.on_device else total - group)
-        return kept, group + self._backward(windows) + self._logits(windows, GRADIENT_BYTES)
+        kept = self._kept((total if self.on_device else total - group) + self._history)
+        passing = self._backward(windows) + self._logits(windows, GRADIENT_BYTES)
+        if self.on_device:
+            rows = max(layer.weight.shape[0] for layer in self.layers)
+            # then each moment is made symmetric, beside its triangle
+            passing = max(passing + device_buffers(rows), 8 * rows**2)
+        return kept, group + passing
 
     def _pruning(self) -> tuple[int, int]:
         work = self.work
@@ -355,6 +402,8 @@ class _Stages:
             gathering = max(gathering, 3 * sums + self._gathering(windows, cols))
             solving = 2 * sums
         solving += GRAM_BYTES * cols**2 + SEARCH_BYTES * rows * cols // self.ranks
+        if self.on_device:
+            solving += cols * (KERNEL_BYTES * min(rows, KERNEL_ROWS) + ERROR_BYTES * min(rows, ROW_CHUNK))
         solving += METRIC_BYTES * rows**2 if work.metric else 0
         if work.compared:
             windows = min(work.compared, self._batch(batch_size_for(self._length)))
@@ -362,14 +411,19 @@ class _Stages:
         weights = max(sum(x.weight.numel() for x in block.layers) for block in self.blocks) * self._element
         moments = self._moments()[0] if work.metric else 0
         outputs = self._states(work.compared + (len(self.windows) if work.refined else 0))
-        kept = self._kept(self._activations() + moments) + outputs
+        kept = self._kept(self._activations() - self.resident + moments) + outputs
         return kept, max(gathering, solving) + 2 * weights
 
     def _gathering(self, windows: int, cols: int) -> int:
         """Beside sums, a pass over so many windows that adds to those of a layer of ``cols`` channels."""
         tokens = windows * self._length
-        drift = tokens * (cols * DRIFT_BYTES + self.stream * RESIDUAL_BYTES) if self.work.drift else 0
-        return self._forward(windows) + drift
+        parts = PARTS_BYTES if self.on_device else 0
+        channels = cols * (DRIFT_BYTES + parts) + self.stream * (RESIDUAL_BYTES + parts)
+        drift = tokens * channels if self.work.drift else 0
+        if not self.on_device:
+            return self._forward(windows) + drift
+        ahead = self._states(windows) * (2 if self.work.drift else 1)
+        return self._forward(windows) + drift + ahead + device_buffers(max(cols, self.stream))
 
     def _refining(self) -> tuple[int, int]:
         total = sum(moment_bytes(block) for block in self.blocks)
@@ -450,7 +504,8 @@ def _rate(device: torch.device) -> float:
     best = float("inf")
     for _ in range(3):
         begin = time.perf_counter()
-        float((matrix @ matrix)[0, 0])
+        with full_precision():
+            float((matrix @ matrix)[0, 0])
         best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best
 

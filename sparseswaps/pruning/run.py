@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -32,10 +33,11 @@ from ..masks.saving import (
     run_record,
     save_run,
 )
-from ..models.blocks import Block, passed_over
+from ..models.blocks import Block, device_of, passed_over
 from ..models.contents import model_hash
 from ..models.loading import LoadedModel, resolve_device
 from ..problems.pattern import Pattern, pattern_of
+from ..problems.products import TF32_OVERRIDE, tf32_is_forced
 from ..progress import Progress, Silent
 from ..ranks import Ranks
 from ..records.run import LayerRecord, known_mean
@@ -90,6 +92,8 @@ def prune(
     target = resolve_device(machine.device)
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
+    if ranks.first:
+        _tell_of_tf32(target)
     with ExitStack() as stack:
         if folder is not None:
             ranks.from_first(lambda: stack.enter_context(claimed(folder, resume)))
@@ -103,12 +107,20 @@ def prune(
             record,
             progress,
             ranks,
-            TensorStore(inputs.activation_limit),
+            _activation_store(inputs),
             loaded.residence,
             on_layer,
             {layer.name: loaded.dtypes[layer.parameter_name] for layer in inputs.layers},
         )
         return _run(inputs, dense, context, folder, begin)
+
+
+def _activation_store(inputs: Inputs) -> TensorStore:
+    """Where activations are kept: on a device what fits there."""
+    device = device_of(inputs.model.model)
+    if device.type == "cpu":
+        return TensorStore(inputs.activation_limit)
+    return TensorStore(inputs.activation_limit, device=device, room=inputs.activation_room)
 
 
 def _run(
@@ -140,6 +152,16 @@ def _run(
     report = report_now()
     record.set({"report": {key: value for key, value in report.to_json().items() if key != "layers"}})
     return ranks.from_first(lambda: report)
+
+
+def _tell_of_tf32(device: torch.device) -> None:
+    """One line where the environment degrades products of float32."""
+    if tf32_is_forced(device):
+        warnings.warn(
+            f"{TF32_OVERRIDE} has products of float32 on {device} in tf32, which nothing else can undo: sums "
+            "of activations and gradients are made in float64 instead; unset it",
+            stacklevel=3,
+        )
 
 
 def _settings_of(

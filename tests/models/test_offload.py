@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import threading
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
+import transformers as tf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sparseswaps as ss
+from sparseswaps.calibration import gathering
+from sparseswaps.calibration.activations import stream_through
+from sparseswaps.calibration.gradients import gradient_moments
+from sparseswaps.evaluation import measures
 from sparseswaps.evaluation.quality import model_embeddings, model_perplexity
 from sparseswaps.masks.file import apply_masks, load_masks, verify_model
 from sparseswaps.masks.saving import save_model
@@ -186,10 +195,152 @@ def test_what_cannot_be_offloaded_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def deep(folder: Path, blocks: int = 6) -> Path:
+    """A checkpoint of more blocks than the two that offloading holds: one, and one that is read ahead."""
+    config = tiny_models.build("llama").config
+    config.num_hidden_layers = blocks
+    torch.manual_seed(0)
+    tf.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+class Reads(dict[str, Tensor]):
+    """Files that count how often each parameter is read, and by which thread."""
+
+    def __init__(self, files: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._files = files
+        self.counts: Counter[str] = Counter()
+        self.threads: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.counts[name] += 1
+        self.threads.add(threading.current_thread().name.partition("_")[0])
+        return self._files[name]
+
+    def per_block(self, blocks: int = 6) -> list[int]:
+        """How often each block was read, by a parameter that nobody reads for itself."""
+        return [self.counts[f"model.layers.{i}.input_layernorm.weight"] for i in range(blocks)]
+
+
+def counted(folder: Path) -> tuple[LoadedModel, Reads]:
+    loaded = load_model(folder, offload=True)
+    assert isinstance(loaded.residence, offload.OffloadedBlocks)
+    reads = Reads(loaded.residence._files)
+    loaded.residence._files = loaded.residence._reader._files = reads
+    return loaded, reads
+
+
+def test_each_block_is_read_once_in_a_pass_and_ahead(tmp_path: Path) -> None:
+    loaded, reads = counted(deep(tmp_path / "dense"))
+    blocks, windows = find_blocks(loaded.model), tiny_models.tokens(8 * 32).view(8, 32)
+    with torch.no_grad():
+        loaded.model(input_ids=windows)
+    assert reads.per_block() == [1] * 6
+    assert reads.threads == {"MainThread", "weights"}
+    reads.counts.clear()
+    reads.threads.clear()
+    stream_through(loaded.model, blocks, windows, 2, loaded.residence)
+    assert reads.per_block() == [1] * 6
+    reads.counts.clear()
+    gradient_moments(loaded.model, blocks, windows, 2, residence=loaded.residence)
+    # how logits are made, forward and backward; the last one is in memory when the way back begins
+    assert reads.per_block() == [3] * 5 + [2]
+    reads.counts.clear()
+    gradient_moments(loaded.model, blocks, windows, 2, wanted=blocks[4:], residence=loaded.residence)
+    found = reads.per_block()
+    # the first one is in memory from before; the one behind the last backward may be read ahead for nothing
+    assert found[:3] + found[4:] == [1, 2, 2, 3, 2]
+    assert found[3] in (2, 3)
+
+
+def test_no_run_reads_blocks_again_for_more_windows(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gathering, "TOKENS_PER_BATCH", 64)  # two windows, one where gradients are gathered
+    monkeypatch.setattr(measures, "TOKENS_PER_BATCH", 64)
+    found: list[list[str]] = []
+    original = offload._Reader.read
+
+    def noted(self: offload._Reader, block: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+        found[-1].append(block)
+        return original(self, block, dtypes)
+
+    monkeypatch.setattr(offload._Reader, "read", noted)
+    for windows in (8, 16):
+        found.append([])
+        prune(
+            load_model(deep(tmp_path / str(windows)), offload=True),
+            "0.5",
+            calibration=tokens,
+            evaluation=tokens,
+            evaluation_limit=windows,
+            samples=windows,
+            length=32,
+            objective="drift=0.5,residual=0.5,metric",
+        )
+    assert found[0] == found[1]
+    assert len(found[0]) < 24 * 6
+
+
+def test_a_block_is_as_it_is_now_when_it_comes_again(tmp_path: Path) -> None:
+    """What is in memory still is not taken where it was written into, or where its layers have changed."""
+    loaded, reads = counted(deep(tmp_path / "dense"))
+    block = find_blocks(loaded.model)[2]
+    layer = block.layers[0]
+    residence = loaded.residence
+
+    def seen() -> Tensor:
+        with residence.resident(block):
+            return layer.weight.clone()
+
+    dense = seen()
+    assert torch.equal(seen(), dense)
+    assert reads.counts[layer.parameter_name] == 1
+    with residence.resident(block):
+        layer.write(torch.zeros_like(dense))
+    assert torch.equal(seen(), dense)  # nothing is written back
+    residence.change(layer, lambda weight: weight * 2)
+    assert torch.equal(seen(), 2 * dense)
+    with residence.resident(block):
+        residence.change(layer, lambda weight: weight * 3)
+        assert torch.equal(layer.weight, 3 * dense)
+    assert torch.equal(seen(), 3 * dense)
+    residence.restore([layer], {})
+    assert torch.equal(seen(), dense)
+    assert all(parameter.is_meta for parameter in block.module.parameters())
+
+
+def test_errors_of_reading_ahead_are_said_where_the_block_is_needed(tmp_path: Path) -> None:
+    loaded, reads = counted(deep(tmp_path / "dense"))
+    blocks = find_blocks(loaded.model)
+    name = blocks[1].layers[0].parameter_name
+    original = reads._files
+    reads._files = {key: value for key, value in original.items() if key != name}
+    with loaded.residence.resident(blocks[0]):
+        pass
+    with pytest.raises(KeyError, match=re.escape(name)), loaded.residence.resident(blocks[1]):
+        pass
+    reads._files = original  # it is read again when it is asked for again
+    with loaded.residence.resident(blocks[1]):
+        assert not blocks[1].layers[0].weight.is_meta
+    assert all(parameter.is_meta for block in blocks for parameter in block.module.parameters())
+
+
+def test_an_interrupt_while_a_block_is_read_leaves_none_in_the_model(tmp_path: Path) -> None:
+    loaded, _ = counted(deep(tmp_path / "dense"))
+    blocks = find_blocks(loaded.model)
+    with pytest.raises(KeyboardInterrupt), loaded.residence.resident(blocks[0]):
+        raise KeyboardInterrupt
+    assert all(parameter.is_meta for block in blocks for parameter in block.module.parameters())
+    with loaded.residence.resident(blocks[0]):
+        assert not blocks[0].layers[0].weight.is_meta
+
+
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dense = tiny_models.save("llama", tmp_path / "dense")
+    dense = deep(tmp_path / "dense")
     whole, offloaded = [], []
     pruned(dense, tokens, None, announce=whole.append)
     pruned(dense, tokens, None, announce=offloaded.append, offload=True)

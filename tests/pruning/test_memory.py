@@ -22,6 +22,7 @@ from sparseswaps.machine import available_memory, give_back_memory, resident_mem
 from sparseswaps.masks.file import load_masks
 from sparseswaps.models.blocks import find_blocks
 from sparseswaps.models.loading import LoadedModel
+from sparseswaps.problems.products import device_buffers
 from sparseswaps.pruning import memory
 from sparseswaps.pruning.memory import Estimate, Work, estimate, require_memory
 from sparseswaps.pruning.run import prune
@@ -243,3 +244,57 @@ def test_masks_with_activations_in_files_are_the_same(tmp_path: Path) -> None:
     assert all(torch.equal(mask, other.masks[name]) for name, mask in one.masks.items())
     with pytest.raises(ss.InputError, match="activation_limit: GB: expected at least 0"):
         prune(dense, calibration=tmp_path / "tokens.npy", samples=8, length=32, activation_limit=-1)
+
+
+def on_card(
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    hidden: int = 32,
+    activation_limit: int | None = None,
+    **work: Any,
+) -> Estimate:
+    """What a run needs on a device with so much free memory."""
+    monkeypatch.setattr(memory, "free_memory", lambda device: free if device.type == "cuda" else None)
+    monkeypatch.setattr(memory, "_rate", lambda _device: 1e13)
+    loaded = loaded_of(num_hidden_layers=2, hidden_size=hidden, intermediate_size=2 * hidden)
+    tokens = torch.zeros((16, 64), dtype=torch.int64)
+    return estimate(
+        loaded,
+        find_blocks(loaded.model),
+        tokens,
+        Work(**work),
+        activation_limit=activation_limit,
+        device=torch.device("cuda", 1),
+    )
+
+
+def test_activations_take_a_share_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = 16 * 64 * 32 * 4
+    full = on_card(monkeypatch, 10**12, drift=True)
+    assert full.activation_room == int(memory.ACTIVATION_SHARE * 10**12)
+    # what is not on the device is in main memory
+    none = on_card(monkeypatch, full.device_bytes - 2 * states, drift=True)
+    assert none.activation_room == 0
+    assert full.device_bytes - none.device_bytes == 2 * states
+    assert none.host_bytes - full.host_bytes == 2 * states
+    some = on_card(monkeypatch, none.device_bytes + states, drift=True)
+    assert some.activation_room == states
+    assert some.device_bytes - none.device_bytes == states
+    assert none.host_bytes - some.host_bytes == states
+    require_memory(some, torch.device("cuda", 1))
+    assert on_card(monkeypatch, 0, activation_limit=0, drift=True).host_bytes < none.host_bytes
+    with pytest.raises(ss.InputError, match="memory of cuda:1: expected"):
+        require_memory(on_card(monkeypatch, none.device_bytes - 1, drift=True), torch.device("cuda", 1))
+
+
+def test_a_device_holds_what_wide_layers_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside sums the Gram matrix and its correlation, the search of some rows, products in parts."""
+    narrow, wide = (on_card(monkeypatch, 0, hidden=size, drift=True) for size in (256, 512))
+    cols = 2 * 512
+    sums = 8 * 3 * cols**2
+    searched = cols * (28 * cols + (36 + 22 + 24) * 512)
+    gathered = sums + device_buffers(cols) + 4 * 64 * cols * 26
+    assert wide.device_bytes >= sums + max(searched, gathered)
+    assert wide.device_bytes - narrow.device_bytes >= 3 * sums / 4
+    metric = on_card(monkeypatch, 0, hidden=512, drift=True, metric=True)
+    assert metric.device_bytes >= wide.device_bytes + 48 * 512**2
