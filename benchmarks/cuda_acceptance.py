@@ -39,16 +39,16 @@ RESULTS = Path(__file__).parent / "results" / "cuda"
 # together 525 s
 STAGES = (
     Stage("ceilings", 20, ceilings),
-    Stage("specification", 75, specification),
+    Stage("specification", 90, specification),
     Stage("repeatable", 35, repeatable),
     Stage("certified", 35, certified),
-    Stage("shapes", 130, shapes),
+    Stage("shapes", 120, shapes),
     Stage("limits", 20, limits),
     Stage("others", 50, others),
     Stage("gram sums", 20, gram_sums),
     Stage("labels", 15, labels),
     Stage("traffic", 5, traffic),
-    Stage("end to end", 120, end_to_end),
+    Stage("end to end", 115, end_to_end),
 )
 
 

@@ -8,7 +8,8 @@ Weights and tokens are random: nothing is evaluated, but work and memory are tho
 process. Stages: *load* (all up to the first gradients or search, so with hashes, checks and one step's Gram
 matrix), *output metric* (gradients, with such an objective), *search* (warm start, swaps to the certificate,
 errors), *calibrate* (forward passes and Gram matrices), *save* (files, reloaded and verified). Memory is the
-largest resident set of the process in the stage, and on CUDA the device's allocated peak.
+largest resident set of the process in the stage (so far, where the system does not let it start again), and
+on CUDA the device's allocated peak.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import platform
 import tempfile
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -71,7 +73,8 @@ class Clock:
             self._begin()
 
     def _begin(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the largest resident set starts again from here
+        with suppress(OSError):  # the largest resident set starts again from here
+            Path("/proc/self/clear_refs").write_text("5")
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         self._since = time.perf_counter()

@@ -70,9 +70,9 @@ def labels(bench: Bench) -> None:
         num_attention_heads=2, max_position_embeddings=4096,
     )  # fmt: skip
     torch.manual_seed(0)
-    with bench.device:
-        model = transformers.LlamaForCausalLM(config).eval()
-        windows = torch.randint(config.vocab_size, (2, bench.size(2048, 32)))
+    windows = torch.randint(config.vocab_size, (2, bench.size(2048, 32)))
+    dtype = torch.bfloat16 if bench.on_card else torch.float32
+    model = transformers.LlamaForCausalLM(config).eval().to(bench.device, dtype)
     blocks = find_blocks(model)
     few = windows[:, :16]
     gradient_moments(model, blocks, few, 2)

@@ -41,7 +41,8 @@ def gram(cols: int, device: torch.device) -> ss.Gram:
 
 def layer(bench: Bench, rows: int, cols: int, pattern: str = "0.5") -> ss.LayerProblem:
     """A layer of ``llm_scale``."""
-    return ss.LayerProblem(random_weight(rows, cols, bench.device), gram(cols, bench.device), pattern)
+    weight = random_weight(rows, cols, bench.device)
+    return ss.LayerProblem(weight, gram(cols, bench.device), ss.Pattern.parse(pattern, cols))
 
 
 def one_swap(problem: ss.LayerProblem, solver: ss.Solver | None = None, **limits: float) -> ss.Outcome:

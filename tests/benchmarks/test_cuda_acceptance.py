@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +14,6 @@ import torch
 import sparseswaps as ss
 
 BENCHMARKS = bare_checkout.ROOT / "benchmarks"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _folder_of_scripts() -> Iterator[None]:
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture
