@@ -53,8 +53,8 @@ PASS, MINIMUM = 8.0, 2.0
 CARDS = ("H100:3.0:59", "H200:4.3:59")
 COLUMNS = (
     "layers", "size", "search", "swaps", "ranks", "searches of all lines", "their lines",
-    "lines of the last ones", "pairs under the bound, 10³", "R, MB", "state, MB", "error / Wanda",
-    "against as it was", "certified", "lines of a certificate", "its pairs, 10³",
+    "lines of the last ones", "R of these, lines", "pairs under the bound, 10³", "R, MB", "state, MB",
+    "error / Wanda", "against as it was", "certified", "lines of a certificate", "its pairs, 10³",
 )  # fmt: skip
 
 
@@ -139,9 +139,10 @@ class Card(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a row costs: bytes of ``R`` and of the state, instructions of threads."""
+    """What a row costs: bytes of ``R``, those of searches of all lines, of the state; instructions."""
 
     correlation: float
+    lines: float
     state: float
     instructions: float
 
@@ -158,16 +159,15 @@ def work(change: Change, cols: int, counts: Sequence[float]) -> Work:
     sectors = counts[Count.sectors] + counts[Count.last_sectors]
     searches = counts[Count.searches] + counts[Count.last_searches]
     looks = swaps + counts[Count.last_searches]
-    entries = 2 * cols * swaps
-    entries += SECTOR * counts[Count.rank_sectors] if change.ranks_gathered else 2 * cols * ranks
-    entries += SECTOR * sectors if change.gathered else cols * lines
+    of_ranks = SECTOR * counts[Count.rank_sectors] if change.ranks_gathered else 2 * cols * ranks
+    of_lines = SECTOR * sectors if change.gathered else cols * lines
     # q and flags twice, q, δ and flags twice; flags cleared; q twice and δ; a line's q, δ and flags
     state = 0.0 if change.on_chip else cols * (28 * ranks + 2 * looks + 12 * swaps + 9 * lines)
     passes = ranks + swaps if change.on_chip else 4 * ranks + looks + swaps
     bounds = LEVELS + 1 if change.rule.chords else cols
     of_line = AFTER + MINIMUM if change.rule.first else PASS
     instructions = cols * (PASS * passes + change.pair * bounds * searches + of_line * lines)
-    return Work(4 * entries, state, instructions)
+    return Work(4 * (2 * cols * swaps + of_ranks + of_lines), 4 * of_lines, state, instructions)
 
 
 def fresh_costs(problem: ss.LayerProblem, weight: Tensor, mask: Tensor) -> Tensor:
@@ -251,7 +251,8 @@ def count(family: str, problem: ss.LayerProblem, rules: dict[str, Rule]) -> Coun
         cells = (
             family, f"{problem.rows} x {problem.cols}", label, f"{mean[Count.swaps]:.0f}",
             f"{mean[Count.ranks]:.0f}", f"{mean[Count.searches]:.1f}", f"{mean[Count.lines]:.0f}",
-            f"{mean[Count.last_lines]:.0f}", f"{(mean[Count.pairs] + mean[Count.last_pairs]) / 1e3:.1f}",
+            f"{mean[Count.last_lines]:.0f}", f"{cost.lines / 4 / problem.cols:.0f}",
+            f"{(mean[Count.pairs] + mean[Count.last_pairs]) / 1e3:.1f}",
             f"{cost.correlation / 1e6:.1f}", f"{cost.state / 1e6:.1f}",
             f"{float(error.sum()) / wanda.objective:.4f}",
             f"{float(ratio.mean()):+.2f} ± {float(ratio.std()) / math.sqrt(problem.rows):.2f} %",

@@ -187,9 +187,9 @@ def test_runs_that_the_limit_cut_off_are_told(
         "| calibrate | 1.0 |', flush=True)\ntime.sleep(60)\n"
     )
     monkeypatch.setattr(whole, "SCRIPT", script)
-    bench.run(Stage("end to end", 2, whole.end_to_end))
+    bench.run(Stage("end to end", 3, whole.end_to_end))
     assert [(row.name, row.measured) for row in bench.failed] == [
         ("plain, rows certified", "3 of 4"),
-        ("end to end, default", "it stopped after 2 s"),
-        ("end to end, default,metric", "it stopped after 2 s"),
+        ("end to end, default", "it stopped after 3 s"),
+        ("end to end, default,metric", "it stopped after 3 s"),
     ]

@@ -112,6 +112,7 @@ def test_work_of_a_row_by_hand() -> None:
     assert before.correlation == 4 * 100 * (2 * 3 + 2 * 4 + 5 + 6)
     assert before.state == 100 * (28 * 4 + 2 * 5 + 12 * 3 + 9 * 11)
     assert after.correlation == 4 * (2 * 100 * 3 + 8 * (9 + 7 + 8))
+    assert (before.lines, after.lines) == (4 * 100 * 11, 4 * 8 * 15)
     assert after.state == 0
     # per column: passes of ranks, of looks and swaps; bounds of three searches; lines
     assert before.instructions == pytest.approx(100 * (8 * (4 * 4 + 5 + 3) + 15.6 * 100 * 3 + 8 * 11))
