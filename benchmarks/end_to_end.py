@@ -6,9 +6,10 @@
 Weights and tokens are random: nothing is evaluated, but work and memory are those of the real model.
 ``--shrink`` divides all widths and the vocabulary. The checkpoint is written first (bfloat16), by another
 process. Stages: *load* (all up to the first gradients or search, so with hashes, checks and one step's Gram
-matrix), *output metric* (gradients, with ``--objective``), *search* (warm start, swaps to the certificate,
+matrix), *output metric* (gradients, with such an objective), *search* (warm start, swaps to the certificate,
 errors), *calibrate* (forward passes and Gram matrices), *save* (files, reloaded and verified). Memory is the
-largest resident set of the process in the stage, and on CUDA the device's allocated peak.
+largest resident set of the process in the stage (so far, where the system does not let it start again), and
+on CUDA the device's allocated peak.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import platform
 import tempfile
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,7 +26,7 @@ import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
 import transformers
-from output import publish
+from output import write
 
 import sparseswaps as ss
 from sparseswaps.machine import peak_memory_mb
@@ -71,7 +73,8 @@ class Clock:
             self._begin()
 
     def _begin(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the largest resident set starts again from here
+        with suppress(OSError):  # the largest resident set starts again from here
+            Path("/proc/self/clear_refs").write_text("5")
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         self._since = time.perf_counter()
@@ -105,6 +108,58 @@ def save_model(folder: Path, shrink: int, blocks: int, device: torch.device) -> 
     model.save_pretrained(folder, max_shard_size="5GB")
 
 
+def measured(
+    args: argparse.Namespace, device: torch.device, folder: Path, objective: str, size: float, number: int
+) -> str:
+    """Prune the model in ``folder`` and print what it took.
+
+    Args:
+        args: of the command line.
+        device: where to prune.
+        folder: of the model, the tokens and the results.
+        objective: what layers are fitted to.
+        size: of the checkpoint, in 10⁹ bytes.
+        number: of the run.
+    """
+    clock = Clock(device)
+    report = ss.prune(
+        folder / "dense",
+        args.pattern,
+        calibration=folder / "tokens.npy",
+        samples=args.windows,
+        length=args.length,
+        objective=objective,
+        device=args.device,
+        offload=args.offload,
+        out=folder / f"pruned-{number}",
+        progress=clock,
+    )
+    clock.stop()
+    certified = sum(layer.certified_rows or 0 for layer in report.layers)
+    rows = sum(layer.rows for layer in report.layers)
+    where = report.device + (", offloaded" if args.offload else "")
+    lines = [
+        f"| {stage} | {seconds:.1f} | {clock.host[stage]:.2f} | "
+        + (f"{clock.on_device[stage]:.2f} |" if clock.on_device else "– |")
+        for stage, seconds in clock.seconds.items()
+    ]
+    text = (
+        "# A model of Llama-3.1-8B's shape, end to end\n\n"
+        f"{datetime.now(UTC):%Y-%m-%d}, {where}, Python {platform.python_version()}, torch "
+        f"{torch.__version__}; widths divided by {args.shrink}, {args.blocks} blocks, checkpoint of "
+        f"{size:.2f} GB, {args.windows} windows of {args.length} tokens, 1-swap from Wanda to its "
+        f"certificate at {args.pattern}, objective {objective or 'the layer error'}. {certified} of "
+        f"{rows} rows certified, error {report.error:.4f} (Wanda {report.error_start:.4f}). Weights and "
+        "tokens are random.\n\n"
+        "| stage | seconds | host, GB | device, GB |\n|---|---:|---:|---:|\n"
+        + "\n".join(lines)
+        + f"\n| all | {sum(clock.seconds.values()):.1f} | {max(clock.host.values()):.2f} | "
+        + (f"{max(clock.on_device.values()):.2f} |\n" if clock.on_device else "– |\n")
+    )
+    print(text, flush=True)
+    return text
+
+
 def main() -> None:
     """Measure and print; with ``--out`` also write."""
     parser = argparse.ArgumentParser(
@@ -116,7 +171,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--pattern", default="0.5")
-    parser.add_argument("--objective", default="")
+    parser.add_argument("--objectives", nargs="+", default=[""], help="one run each")
     parser.add_argument("--offload", action="store_true", help="leave the weights in the checkpoint's files")
     parser.add_argument("--folder", type=Path, help="where models are written")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
@@ -135,42 +190,11 @@ def main() -> None:
         np.save(folder / "tokens.npy", tokens)
         small = ss.synthetic_layer("correlated", rows=4, cols=256, pattern=args.pattern)
         ss.solve(small.to(device), ss.OneSwap())  # kernels are compiled before the clock starts
-        clock = Clock(device)
-        report = ss.prune(
-            folder / "dense",
-            args.pattern,
-            calibration=folder / "tokens.npy",
-            samples=args.windows,
-            length=args.length,
-            objective=args.objective,
-            device=args.device,
-            offload=args.offload,
-            out=folder / "pruned",
-            progress=clock,
-        )
-        clock.stop()
-    certified = sum(layer.certified_rows or 0 for layer in report.layers)
-    rows = sum(layer.rows for layer in report.layers)
-    where = report.device + (", offloaded" if args.offload else "")
-    lines = [
-        f"| {stage} | {seconds:.1f} | {clock.host[stage]:.2f} | "
-        + (f"{clock.on_device[stage]:.2f} |" if clock.on_device else "– |")
-        for stage, seconds in clock.seconds.items()
-    ]
-    text = (
-        "# A model of Llama-3.1-8B's shape, end to end\n\n"
-        f"{datetime.now(UTC):%Y-%m-%d}, {where}, Python {platform.python_version()}, torch "
-        f"{torch.__version__}; widths divided by {args.shrink}, {args.blocks} blocks, checkpoint of "
-        f"{size:.2f} GB, {args.windows} windows of {args.length} tokens, 1-swap from Wanda to its "
-        f"certificate at {args.pattern}, objective {args.objective or 'the layer error'}. {certified} of "
-        f"{rows} rows certified, error {report.error:.4f} (Wanda {report.error_start:.4f}). Weights and "
-        "tokens are random.\n\n"
-        "| stage | seconds | host, GB | device, GB |\n|---|---:|---:|---:|\n"
-        + "\n".join(lines)
-        + f"\n| all | {sum(clock.seconds.values()):.1f} | {max(clock.host.values()):.2f} | "
-        + (f"{max(clock.on_device.values()):.2f} |\n" if clock.on_device else "– |\n")
-    )
-    publish(text, args.out)
+        texts = [
+            measured(args, device, folder, objective, size, number)
+            for number, objective in enumerate(args.objectives)
+        ]
+    write("\n".join(texts), args.out)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,13 @@ def correlated_gram(cols: int, tokens: int, device: torch.device, seed: int) -> 
     return sums.gram()
 
 
+def random_weight(rows: int, cols: int, device: torch.device) -> Tensor:
+    """Weights (rows, cols) whose rows differ in scale, float32."""
+    generator = torch.Generator(device).manual_seed(rows)
+    weight = 0.02 * torch.randn((rows, cols), generator=generator, device=device)
+    return weight / (torch.rand((rows, 1), generator=generator, device=device) + 0.5)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device."""
     if device.type == "cuda":
@@ -99,9 +106,7 @@ def main() -> None:
         _ = gram.correlation, gram.largest_correlation
         synchronize(device)
         normalise = time.perf_counter() - start
-        generator = torch.Generator(device).manual_seed(rows)
-        weight = 0.02 * torch.randn((rows, cols), generator=generator, device=device)
-        weight /= torch.rand((rows, 1), generator=generator, device=device) + 0.5
+        weight = random_weight(rows, cols, device)
         for pattern in args.patterns:
             problem = ss.LayerProblem(weight, gram, ss.SparsityPattern.parse(pattern, cols), name=label)
             wanda = ss.solve(problem, ss.Wanda()).objective

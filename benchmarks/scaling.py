@@ -9,6 +9,7 @@ read from the tables in ``benchmarks/results``.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,14 +116,16 @@ def tables() -> str:
 
 
 def read_table(name: str, *columns: str) -> list[tuple[str, ...]]:
-    """Columns of the first table in a results file that has them."""
+    """Columns of the tables in a results file that have them."""
     found: list[tuple[str, ...]] = []
     places: list[int] = []
     for line in (RESULTS / name).read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
-        if all(column in cells for column in columns):
+        if not cells:
+            places = []
+        elif all(column in cells for column in columns):
             places = [cells.index(column) for column in columns]
-        elif places and cells and not set(line) <= set("|-: "):
+        elif places and not set(line) <= set("|-: "):
             found.append(tuple(cells[place] for place in places))
     return found
 
@@ -217,6 +220,45 @@ def memory_table() -> str:
 def end_to_end_table() -> str:
     """Seconds and memory of the stages of a run, from its results."""
     return _copied("end_to_end.md", "stage", "seconds", "host, GB")
+
+
+def kernel_counts_table() -> str:
+    """What the CUDA kernel does per row under each search, from the counts of its steps."""
+    return _copied(
+        "kernel_counts.md", "layers", "size", "search", "swaps", "their lines", "lines of the last ones",
+        "R of these, lines", "R, MB", "against as it was", "certified",
+    )  # fmt: skip
+
+
+def kernel_seconds_table() -> str:
+    """Seconds of the search of a whole model that follow from the counts, and those measured on a card."""
+    rows = read_table("kernel_counts.md", "layers", "kernel", "card", "32 blocks")
+    cards = list(dict.fromkeys(card for _, _, card, _ in rows))
+    newest = rows[-1][1]
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for layers, kernel, card, seconds in rows:
+        found.setdefault((layers, kernel), {})[card] = seconds
+    heads = [f"{card}, {what}" for card in cards for what in ("predicted", "measured")]
+    lines = ["| layers | kernel | " + " | ".join(heads) + " |", "|---|---|" + "---:|" * len(heads)]
+    for (layers, kernel), seconds_on in found.items():
+        cells = [layers, kernel]
+        for card in cards:
+            measured = measured_seconds(card)
+            ran = measured is None or (layers == "llm_scale" and kernel == newest)
+            cells += [seconds_on[card], ("not measured" if measured is None else measured) if ran else "–"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def measured_seconds(card: str) -> str | None:
+    """Seconds of the search of a whole model that ``cuda_acceptance.py`` found on a card, if it ran there."""
+    for path in sorted((RESULTS / "cuda").glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if card in found["card"]:
+            for row in found["rows"]:
+                if (row["stage"], row["name"]) == ("shapes", "whole model, 0.5"):
+                    return f"{row['value']:.0f}"
+    return None
 
 
 def _copied(name: str, *columns: str) -> str:

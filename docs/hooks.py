@@ -49,6 +49,8 @@ def measured(name: str) -> str:
         "engine": module.engine_table,
         "memory": module.memory_table,
         "end-to-end": module.end_to_end_table,
+        "kernel-counts": module.kernel_counts_table,
+        "kernel-seconds": module.kernel_seconds_table,
     }
     if name in tables:
         return str(tables[name]())

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .calibration import Windows, calibration_windows, evaluation_windows
     from .errors import *  # noqa: F403
     from .evaluation import AddBos, Evaluation, evaluate
+    from .machine import __version__ as __version__
     from .masks import apply_masks, load_masks, verify_model
     from .models import find_blocks, load_model
     from .problems import *  # noqa: F403
@@ -101,6 +102,8 @@ def _room(name: str) -> ModuleType:
 def __getattr__(name: str) -> object:
     if name == "__all__":
         return __dir__()
+    if name == "__version__":
+        return _room("machine").__version__
     for room, names in _NAMES.items():
         if name in names:
             return getattr(_room(room), name)

@@ -9,12 +9,15 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-LIBRARIES = ("sparseswaps", "torch", "transformers", "numpy")
+__version__ = "0.1.0"
+
+LIBRARIES = ("torch", "transformers", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    """Versions of what a result depends on; this package's own is known where it is not installed, too."""
+    libraries = {name: version(name) for name in LIBRARIES}
+    return {"python": platform.python_version(), "sparseswaps": __version__, **libraries}
 
 
 def duration(seconds: float) -> str:

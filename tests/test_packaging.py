@@ -8,7 +8,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+import bare_checkout
 import pytest
+import tiny_models
+import torch
+
+import sparseswaps as ss
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = (
@@ -68,6 +73,21 @@ def test_wheel_works_where_only_it_is(wheel: Path, tmp_path: Path) -> None:
     )
     assert str(tmp_path / "sparseswaps") in done.stdout
     assert "local_optimum" in done.stdout
+
+
+def test_a_checkout_that_is_not_installed_prunes_and_knows_its_version(tmp_path: Path) -> None:
+    tiny_models.save("llama", tmp_path / "model", torch.float32)
+    (tmp_path / "text.txt").write_text(tiny_models.text(2_000))
+    script = (
+        "import sys, sparseswaps as ss\n"
+        "model, text, out = sys.argv[1:]\n"
+        "report = ss.prune(model, '2:4', calibration=text, samples=4, length=32, device='cpu', out=out)\n"
+        "print(report.versions['sparseswaps'])\n"
+    )
+    folders = (str(tmp_path / name) for name in ("model", "text.txt", "out"))
+    done = bare_checkout.run(["-c", script, *folders], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [ss.__version__]
 
 
 def test_folders_are_not_importable_by_their_bare_names() -> None:

@@ -129,7 +129,8 @@ def _run(
     """Measure, prune, measure again, save; the first rank's report on every rank."""
     ranks, record, settings = context.ranks, context.record, inputs.settings
     refined = bool(settings.refine)
-    record.set({"left_dense": passed_over(inputs.blocks, settings.include, settings.exclude)})
+    left_dense = passed_over(inputs.blocks, settings.include, settings.exclude)
+    record.set({"left_dense": left_dense, "versions": versions()})
     before = _quality(inputs, "dense", context)
     found = _prune(inputs, dense, context)
     after = _Quality()
@@ -336,7 +337,7 @@ def _report(
         peak_memory_mb=peak_memory_mb(),
         peak_device_memory_mb=_peak_device_memory_mb(device),
         device=_device_name(device),
-        versions=versions(),
+        versions=record.facts()["versions"],
         out=None,
     )
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import sqlite3
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import sparseswaps as ss
 from sparseswaps.masks.file import MASK_FILE, apply_masks, load_masks, verify_model
 from sparseswaps.masks.output import RECORD_FILE
 from sparseswaps.models.loading import load_model
+from sparseswaps.pruning import run
 from sparseswaps.pruning.run import prune
 from sparseswaps.pruning.settings import Mode
 from sparseswaps.records.run import LayerRecord
@@ -54,6 +56,19 @@ class Interrupting:
         self.left -= 1
         if self.left == 0:
             raise KeyboardInterrupt
+
+
+def test_versions_that_cannot_be_told_end_a_run_before_its_work(
+    dense: Path, arguments: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown() -> dict[str, str]:
+        raise PackageNotFoundError("torch")
+
+    monkeypatch.setattr(run, "versions", unknown)
+    progress = Interrupting(1)
+    with pytest.raises(PackageNotFoundError):
+        prune(dense, "2:4", progress=progress, **arguments)
+    assert progress.left == 1
 
 
 @pytest.mark.parametrize(
