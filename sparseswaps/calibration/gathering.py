@@ -8,8 +8,8 @@ and, for as long as it is sent, another one's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -57,6 +57,7 @@ class Flow:
         pruned: on all batches; a rank holds those that it owns.
         dense: the same of the dense model, or None.
         probe: of the pruned network on one window, which shows how a block's layers depend on each other.
+        seen: what the dense network's layers of the current block receive, of batches that went through it.
         parts: groups of batches.
         ranks: the processes; group ``i`` belongs to rank ``i`` modulo their number.
     """
@@ -64,6 +65,7 @@ class Flow:
     pruned: Stream
     dense: Stream | None
     probe: Stream
+    seen: Seen
     parts: tuple[range, ...]
     ranks: Ranks
 
@@ -97,6 +99,7 @@ class Flow:
             pruned,
             Stream(model, blocks, windows, size, skip, store.sibling()) if dense else None,
             Stream(model, blocks, windows[:1], 1, skip, store.sibling()),
+            Seen(store.sibling()),
             tuple(range(first, last) for first, last in pairwise(ends)),
             ranks,
         )
@@ -139,9 +142,86 @@ class Flow:
         if self.dense is not None:
             with other_weights(block, dense):
                 for batch in self.own_batches():
-                    self.dense.advance(batch)
+                    if batch not in self.seen.batches:
+                        self.dense.advance(batch)
             self.dense.finish_block()
+            self.seen.clear()
         give_back_memory()  # of all that a block's passes made and freed, little is in one piece
+
+
+class Seen:
+    """What layers of the dense network receive in the current block, batch by batch.
+
+    Its weights do not change on the way through a block, so that one pass shows the inputs of all its layers
+    and what the block returns, where there is room to keep them; otherwise each step takes a pass of its own.
+
+    Args:
+        store: keeps them.
+
+    Attributes:
+        batches: those that have gone through the block.
+    """
+
+    def __init__(self, store: TensorStore) -> None:
+        self.batches: set[int] = set()
+        self._store = store
+        self._keys: set[tuple[int, str, str]] = set()
+
+    def look(
+        self,
+        stream: Stream,
+        batch: int,
+        steps: Sequence[Step],
+        writers: Sequence[PrunableLayer],
+        inputs: Tensor,
+    ) -> bool:
+        """Whether the batch has gone through the block, now or before.
+
+        Args:
+            stream: of the dense network, with its weights in place.
+            batch: which one.
+            steps: all that are still to come, of layers that drift.
+            writers: whose streams are wanted as well.
+            inputs: what one of the layers receives: as many tokens are kept of all.
+        """
+        if batch in self.batches:
+            return True
+        leaders = [group[0] for step in steps for group in step.inputs if not is_expert(group[0])]
+        width = sum(layer.weight.shape[1] for layer in leaders) + sum(x.weight.shape[0] for x in writers)
+        if not self._store.has_room(inputs.shape[:-1].numel() * width * inputs.element_size()):
+            return False
+        found: dict[tuple[int, str, str], list[Tensor]] = {}
+
+        def keep(kind: str) -> Callable[[PrunableLayer, Tensor], None]:
+            def kept(layer: PrunableLayer, values: Tensor) -> None:
+                # what comes after may write into the original
+                found.setdefault((batch, layer.name, kind), []).append(values.clone())
+
+            return kept
+
+        stream.observe(batch, leaders, keep("inputs"), True, writers, keep("stream"))
+        for key, values in found.items():
+            self._store.keep(key, values)
+            self._keys.add(key)
+        self.batches.add(batch)
+        return True
+
+    def take(self, batch: int, layer: PrunableLayer, kind: str) -> list[Tensor]:
+        """The ``inputs`` of a layer, or the ``stream`` that it writes into, of each call; once."""
+        key = (batch, layer.name, kind)
+        if key not in self._keys:
+            return []
+        found: list[Tensor] = self._store.recall(key, layer.weight.device)
+        self._store.drop(key)
+        self._keys.remove(key)
+        return found
+
+    def clear(self) -> None:
+        """Forget everything: another block is next."""
+        for key in self._keys:
+            self._store.drop(key)
+        self._keys.clear()
+        self.batches.clear()
 
 
 def gather(
@@ -151,6 +231,7 @@ def gather(
     dense: Mapping[str, Tensor],
     advance: bool,
     writers: Sequence[PrunableLayer],
+    steps: Sequence[Step] = (),
 ) -> dict[str, GramAccumulator]:
     """Sums over all batches for the first layer of each group of ``step``, by its name, on every rank.
 
@@ -161,6 +242,7 @@ def gather(
         dense: weights of the block in the dense model, by layer name.
         advance: also keep what the block returns.
         writers: layers that write into the residual stream; those alone in their group get residual sums.
+        steps: this one and those to come in the block, if any, which one pass of the dense network may serve.
 
     Raises:
         InvalidModelError: for NaN or Inf in activations, naming the layer; on every rank.
@@ -174,7 +256,7 @@ def gather(
 
         def observe(mine: int = mine, sums: dict[str, GramAccumulator] = sums) -> dict[str, int]:
             for batch in flow.parts[mine] if mine < len(flow.parts) else ():
-                _observe_batch(flow, block, step, dense, advance, writers, batch, sums)
+                _observe_batch(flow, block, step, dense, advance, writers, steps, batch, sums)
             return {name: each.tokens for name, each in sums.items()}
 
         tokens = ranks.gather(observe)
@@ -207,7 +289,7 @@ def _add_part(
 
 
 def _empty_sums(flow: Flow, step: Step, writers: Sequence[PrunableLayer]) -> dict[str, GramAccumulator]:
-    alone = [group[0] for group in step.inputs if len(group) == 1 and group[0] in writers]
+    alone = _alone(step, writers)
     sums = {}
     for group in step.inputs:
         layer = group[0]
@@ -220,6 +302,11 @@ def _empty_sums(flow: Flow, step: Step, writers: Sequence[PrunableLayer]) -> dic
     return sums
 
 
+def _alone(step: Step, writers: Sequence[PrunableLayer]) -> list[PrunableLayer]:
+    """Those of ``writers`` that share their input with no other layer of the step."""
+    return [group[0] for group in step.inputs if len(group) == 1 and group[0] in writers]
+
+
 def _observe_batch(
     flow: Flow,
     block: Block,
@@ -227,12 +314,13 @@ def _observe_batch(
     dense: Mapping[str, Tensor],
     advance: bool,
     writers: Sequence[PrunableLayer],
+    steps: Sequence[Step],
     batch: int,
     sums: dict[str, GramAccumulator],
 ) -> None:
     """Add one batch to ``sums``."""
     leaders = [group[0] for group in step.inputs]
-    alone = [group[0] for group in step.inputs if len(group) == 1 and group[0] in writers]
+    alone = _alone(step, writers)
     waiting: dict[str, list[Tensor]] = {}  # of each call of a layer
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     streams: dict[str, Tensor] = {}
@@ -260,9 +348,24 @@ def _observe_batch(
         add_inputs(sums[layer.name], layer, found, inputs, stream_loss(stream, streams.pop(layer.name)))
 
     flow.pruned.observe(batch, leaders, observe, advance, alone, keep_stream, step.once)
-    if flow.dense is not None:
-        with other_weights(block, dense):
+    if flow.dense is None:
+        return
+    with ExitStack() as stack:
+        there = next((found[0] for found in waiting.values() if found), None)
+        seen = batch in flow.seen.batches
+        if not seen:
+            stack.enter_context(other_weights(block, dense))
+            every = [layer for each in steps for layer in _alone(each, writers)]
+            seen = (
+                there is not None and bool(steps) and flow.seen.look(flow.dense, batch, steps, every, there)
+            )
+        if not seen:
             flow.dense.observe(batch, leaders, pair, False, alone, pair_stream, step.once)
+            return
+    for kind, layers, use in (("inputs", leaders, pair), ("stream", alone, pair_stream)):
+        for layer in layers:
+            for values in flow.seen.take(batch, layer, kind):
+                use(layer, values)
 
 
 def stream_loss(dense: Tensor, pruned: Tensor) -> Tensor:

@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import InvalidFileError, found_of, is_full
-from ..machine import size
+from ..machine import available_memory, size
 
 # Values that are fetched before they are asked for: one of each stack of blocks of a model.
 MOST_AHEAD = 2
+# Share of the free main memory that may be filled with what one could do without.
+SPARE = 0.1
 
 
 @dataclass
@@ -68,6 +70,15 @@ class TensorStore:
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._kept
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether so many bytes, which one could do without, go neither to files nor into scarce memory."""
+        if self._device is not None and self._held.on_device + nbytes <= self._room:
+            return True
+        if self.limit is not None:
+            return self._held.in_memory + nbytes <= self.limit
+        free = available_memory()
+        return free is None or nbytes <= SPARE * free
 
     def keep(self, key: Hashable, value: Any) -> None:
         """Remember ``value`` under ``key``, instead of what was there."""

@@ -349,7 +349,8 @@ class _Job:
         flow = self._flow(calibration, skip)
         held_out_flow = None if held_out is None else self._flow(held_out, skip)
         check_flow = self._flow(checks, skip) if self.objective.held_out else None
-        for block in self.blocks:
+        wanted = [number for number, block in enumerate(self.blocks) if block.layers]
+        for block in self.blocks[: max(wanted, default=-1) + 1]:
             with self.context.residence.resident(block):
                 self._prune_block(block, flow, (flow, held_out_flow, check_flow), moments, outputs)
 
@@ -369,11 +370,13 @@ class _Job:
         one_shot = self.solving.settings.mode is Mode.ONE_SHOT
         if one_shot:
             steps = [Step(tuple(group for step in steps for group in step.inputs))] if steps else []
-        for step in steps:
+        for number, step in enumerate(steps):
             seen = None
             if one_shot or not all(self._is_known(layer) for layer in step.layers):
                 sums = [
-                    {} if each is None else gather(each, block, step, dense, one_shot, writers)
+                    {}
+                    if each is None
+                    else gather(each, block, step, dense, one_shot, writers, steps[number:])
                     for each in flows
                 ]
                 if self.ranks.first:
