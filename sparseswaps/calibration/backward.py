@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..models.blocks import Block
+from ..models.blocks import Block, device_of
 from ..models.inputs import Samples
 from ..models.offload import Residence
 from .activations import Stream
@@ -71,7 +71,7 @@ def backward_through_blocks(
         stream.go_back()
         with residence.resident(blocks[number]):
             for batch in range(len(parts)):
-                given = gradients.take(batch, number, next(model.model.parameters()).device)
+                given = gradients.take(batch, number, device_of(model.model))
                 if any(each is not None for each in given):
                     _backward(stream.output(batch, gradients.start), given)
                     gradients.keep(batch)

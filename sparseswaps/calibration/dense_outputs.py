@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.inputs import Samples
+from ..problems.products import full_precision
 from .activations import Stream
 from .gradients import embeddings_of
 from .logits import SlicedModel
@@ -20,7 +21,8 @@ class DenseOutputs:
     and ``½‖z - ẑ‖²`` of normalised last hidden states for the others, summed over tokens too.
 
     Logits are kept as the output head's inputs, from which they are made some tokens at a time, and in full
-    only where the model makes them whole (see ``logits``).
+    only where the model makes them whole (see ``logits``). Choices rest on the loss of all windows, which is
+    in full precision whatever torch is told.
 
     Args:
         model: the dense model, which is pruned afterwards; its head stays as it is.
@@ -28,6 +30,7 @@ class DenseOutputs:
         batch_size: windows per forward call, or fewer where logits are made whole.
     """
 
+    @full_precision()
     def __init__(self, model: nn.Module, windows: Samples, batch_size: int) -> None:
         self._model = SlicedModel(model, windows)
         self.batch_size = self._model.batch_size(windows.shape[1], batch_size)
@@ -63,6 +66,7 @@ class DenseOutputs:
 
         return outputs.total(divergence)
 
+    @full_precision()
     def total(self, model: nn.Module, stream: Stream | None = None) -> float:
         """The loss of ``model`` on all windows; ``stream``, of the same batches, recalls finished blocks."""
         total = 0.0

@@ -45,7 +45,7 @@ Report = Callable[[int, int], None]
 # Moments of output gradients that are gathered at a time, where no limit is set.
 MOMENT_BYTES = 8 * 10**9
 # Activations that are kept between blocks that come to memory one by one.
-HISTORY_BYTES = 16 * 10**9
+HISTORY_BYTES = 8 * 10**9
 
 
 def gradient_moments(

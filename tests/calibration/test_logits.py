@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 import transformers as tf
+from precision_watch import Watched
 
 from sparseswaps.calibration import logits as sliced_logits
 from sparseswaps.calibration.dense_outputs import DenseOutputs
@@ -191,6 +192,23 @@ def test_divergence_and_its_gradient_are_those_in_one_piece(family: str) -> None
     # a difference of logarithms of size 1 that leaves about 1e-2
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=100 * ROUNDING)
     torch.testing.assert_close(found_slope, slope, rtol=0, atol=100 * ROUNDING * float(slope.abs().max()))
+
+
+def test_choices_rest_on_a_loss_in_full_precision() -> None:
+    """The model's own forward is in the precision that torch is told, where nothing is chosen by it."""
+    model = tiny_models.build("llama")
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Watched() as watched:
+            DenseOutputs(model, windows(), 7).total(model)
+        assert set(watched.seen) == {("ieee", "ieee")}
+        with Watched() as watched, torch.no_grad():
+            model(input_ids=windows())
+        assert ("ieee", "ieee") not in watched.seen
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            backend.fp32_precision = "none"
 
 
 def test_encoders_without_logits_just_run() -> None:

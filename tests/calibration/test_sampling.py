@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from precision_watch import Watched
 from scipy.stats import chisquare
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -136,6 +137,26 @@ def test_no_batch_or_slice_changes_the_labels(windows: Tensor, monkeypatch: pyte
     close(moments(2, windows), whole)
     last = moments(2, windows, slice(-1, None))
     close(last, {name: whole[name] for name in last})
+
+
+def test_moments_are_in_full_precision(windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their own products, not those of the model on the way there."""
+    original, watched = gradients._MomentSums.add, Watched()
+
+    def add(self: Any, name: str, gradient: Tensor) -> None:
+        torch.set_float32_matmul_precision("high")
+        with watched:
+            original(self, name, gradient)
+        torch.set_float32_matmul_precision("highest")
+
+    expected = moments(7, windows)
+    monkeypatch.setattr(gradients._MomentSums, "add", add)
+    found = moments(7, windows)
+    for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        backend.fp32_precision = "none"
+    assert len(watched.seen) >= len(expected)
+    assert set(watched.seen) == {("ieee", "ieee")}
+    assert all(torch.equal(found[name], moment) for name, moment in expected.items())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bert", "t5"])

@@ -12,36 +12,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from precision_watch import Watched, precisions
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparseswaps as ss
 from sparseswaps.problems import gram, products
 from sparseswaps.problems.products import Factor, Products, full_precision
 from sparseswaps.solvers.base import Budget, Covers, Group, Outcome, Solver, Status
-
-ATEN = torch.ops.aten
-PRODUCTS = {ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default, ATEN.baddbmm.default}
-
-
-def precisions() -> tuple[str, str]:
-    """What torch would make products of float32 in, on cards and on processors."""
-    return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
-
-
-class Watched(TorchDispatchMode):
-    """The precisions in force at each product of float32 matrices."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, str]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in PRODUCTS and args[-1].dtype == torch.float32:
-            self.seen.append(precisions())
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -149,7 +126,8 @@ assert {cuda for cuda, _ in watched.seen} == {"ieee"}, watched.seen
 assert precisions()[0] == "tf32"
 assert torch.get_float32_matmul_precision() == "high"
 """
-    places = [str(Path(__file__).parent), str(Path(ss.__file__).parents[1])]
+    here = Path(__file__).parent
+    places = [str(here), str(here.parent), str(Path(ss.__file__).parents[1])]
     environment = os.environ | {
         "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1",
         "PYTHONPATH": os.pathsep.join(places),

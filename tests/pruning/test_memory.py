@@ -69,7 +69,7 @@ def test_estimates_grow_with_what_they_depend_on() -> None:
     assert few.device_bytes == 0
     assert few.seconds > 0
     assert few.peak_bytes == few.held_bytes + few.model_bytes + few.host_bytes
-    assert "GB of main memory" in str(few)
+    assert "B of main memory" in str(few)  # in MB where the libraries take little
 
 
 @pytest.mark.parametrize("work", [{"evaluated": 1000}, {"metric": True}, {"refined": True}, {"compared": 2}])
