@@ -35,8 +35,10 @@ from .settings import Allocation, Machine, Mode, PruneSettings
 # Told what a run will need, and how its windows begin.
 Announce = Callable[[Estimate | Beginning], None]
 
-# Windows of the evaluation text on which layer errors are measured as well.
-HELD_OUT_WINDOWS = 16
+# Layer errors are measured on so many tokens of the evaluation text as well, in windows of it, at least and
+# at most so many.
+HELD_OUT_TOKENS = 4096
+LEAST_HELD_OUT, MOST_HELD_OUT = 4, 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +72,9 @@ class Inputs:
     @property
     def held_out(self) -> Samples | None:
         """Evaluation windows on which layer errors are measured, evenly spread."""
-        return None if self.evaluation is None else _spread(self.evaluation.tokens, HELD_OUT_WINDOWS)
+        if self.evaluation is None:
+            return None
+        return _spread(self.evaluation.tokens, held_out_windows(self.evaluation.tokens))
 
 
 def gather_inputs(
@@ -117,7 +121,7 @@ def gather_inputs(
     limit = None if machine.activation_limit is None else int(machine.activation_limit * 1e9)
     objective = settings.objective
     work = Work(
-        held_out=0 if evaluation is None else min(len(evaluation), HELD_OUT_WINDOWS),
+        held_out=0 if evaluation is None else held_out_windows(evaluation.tokens),
         evaluated=0 if evaluation is None else len(evaluation),
         drift=objective.needs_dense_stream,
         residual=objective.residual > 0,
@@ -184,6 +188,14 @@ def _windows(shapes: LoadedModel, settings: PruneSettings, bos: bool) -> tuple[W
     elif other is not None:
         other = evaluation_windows(other, tokenizer, length, settings.evaluation_limit, special, bos)
     return for_model(windows, shapes), None if other is None else for_model(other, shapes)
+
+
+def held_out_windows(windows: Samples) -> int:
+    """How many evaluation windows layer errors are measured on."""
+    most = MOST_HELD_OUT
+    if isinstance(windows, torch.Tensor):
+        most = min(max(LEAST_HELD_OUT, HELD_OUT_TOKENS // windows.shape[1]), MOST_HELD_OUT)
+    return min(len(windows), most)
 
 
 def _spread(windows: Samples, count: int) -> Samples:
