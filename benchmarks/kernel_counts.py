@@ -291,6 +291,9 @@ def predictions(family: str, counted: Sequence[Counted], cards: Sequence[Card]) 
 def report(counted: Sequence[Counted], cards: Sequence[Card]) -> str:
     """Both tables."""
     ceilings = ", ".join(f"{x.name} {x.copy:g} TB/s and {x.float32:g} TFLOP/s" for x in cards)
+    families: dict[str, list[Counted]] = {}
+    for layer in sorted(counted, key=lambda layer: layer.cols):
+        families.setdefault(layer.family, []).append(layer)
     columns = ("layers", "kernel", "card", *(name for name, *_ in SHAPES), f"{BLOCKS} blocks")
     lines = [
         "# Steps of the CUDA kernel, counted\n",
@@ -298,11 +301,10 @@ def report(counted: Sequence[Counted], cards: Sequence[Card]) -> str:
         f"{torch.__version__}. Means per row; `benchmarks/kernel_counts.py` says what is counted.\n",
         "| " + " | ".join(COLUMNS) + " |",
         "|---|---|---|" + "---:|" * (len(COLUMNS) - 3),
-        *(line for layer in counted for line in layer.lines),
+        *(line for some in families.values() for layer in some for line in layer.lines),
     ]
     rows = []
-    for family in dict.fromkeys(layer.family for layer in counted):
-        some = [layer for layer in counted if layer.family == family]
+    for family, some in families.items():
         widths = {layer.cols for layer in some}
         if len(widths) > 1 and widths & {cols for _, _, cols, _ in SHAPES}:
             rows += predictions(family, some, cards)
