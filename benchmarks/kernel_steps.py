@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
+from sparseswaps.solvers.kernels.scaling import LEVELS, PROBES
+
 Array = np.ndarray[Any, Any]
 
 # Lines that are looked at together.
 GROUP = 16
-# Parts of the grid of t.
-LEVELS = 32
 # Entries of R that one transaction of 32 bytes brings.
 SECTOR = 8
 BIG = np.float32(1e30)
@@ -183,10 +183,11 @@ def best_of_lines(
 
 @compiled
 def first_of_lines(R: Array, row: Row, limit: Any, counts: Array) -> tuple[Any, int, int]:
-    """The first line with a Δ below ``limit`` in the order of bounds, and its best partner."""
+    """The first line with a Δ below ``limit`` and its best partner: lowest bounds first, then by index."""
     bound = line_bounds(row, True)
     under = np.flatnonzero(bound < limit)
     order = under[np.argsort(bound[under], kind="mergesort")]
+    order[PROBES:].sort()
     for first in range(0, len(order), GROUP):
         best, best_u, best_p = limit, -1, -1
         for u in order[first : first + GROUP]:
@@ -200,14 +201,13 @@ def first_of_lines(R: Array, row: Row, limit: Any, counts: Array) -> tuple[Any, 
 
 @compiled
 def lowest_of_lines(R: Array, row: Row, known: Any, u: int, p: int, counts: Array) -> tuple[Any, int, int]:
-    """As ``best_of_lines``, by groups in the order of bounds."""
+    """As ``best_of_lines``, groups of the lowest bounds first, then by index."""
     bound = line_bounds(row, True)
     order = np.argsort(bound, kind="mergesort")
+    order[PROBES:].sort()
     best, best_u, best_p = known, u, p
     for first in range(0, len(order), GROUP):
         group = order[first : first + GROUP]
-        if bound[group[0]] > best:
-            break
         threshold = best
         for u in group:
             if bound[u] <= threshold:
@@ -233,7 +233,7 @@ def make_swap(R: Array, row: Row, u: int, p: int) -> None:
 
 @compiled
 def descend(
-    R: Array, row: Row, limit: Any, ranks: int, chords: bool, first: bool, steepest: bool, counts: Array
+    R: Array, row: Row, limit: Any, chords: bool, first: bool, steepest: bool, ranks: int, counts: Array
 ) -> int:
     """Swap until no Δ is below ``limit``: how many swaps were made.
 
@@ -241,10 +241,10 @@ def descend(
         R: correlation (cols, cols).
         row: its state, brought up to date.
         limit: what Δ must stay below.
-        ranks: how many ranks are tried before all lines are.
         chords: whether bounds of lines come from chords.
-        first: whether the first line that improves is taken, in the order of bounds, else the best of all.
+        first: whether the first line that improves is taken, the lowest bounds first, else the best of all.
         steepest: whether all lines are looked at for every swap, for the best of all.
+        ranks: how many ranks are tried before all lines are.
         counts: added to (len(Count),).
     """
     made = 0
