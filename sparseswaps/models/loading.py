@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..errors import InputError, InvalidModelError
 from .checkpoints import Reading, choose_reading, require_whole, tell_of_unread
-from .offload import OffloadedBlocks, Residence, load_offloaded, require_accelerate
+from .offload import OffloadedBlocks, Residence, load_offloaded
 from .sources import Source, Trust, locate, read_config, weight_options
 
 if TYPE_CHECKING:
@@ -121,8 +122,6 @@ def load_model(
     """
     check_dtype(dtype)
     name, trust, device = os.fspath(source), trust or Trust(), torch.device(device)
-    if offload:
-        require_accelerate()
     with _one_sentence(name):
         place = locate(name, trust)
         if place.file is not None:
@@ -170,15 +169,10 @@ def _one_sentence(name: str) -> Iterator[None]:
 def _require_gguf(name: str, offload: bool) -> None:
     if offload:
         raise InputError(f"offloading {name}: expected a directory of safetensors, found a .gguf file")
-    try:
-        import accelerate
-        import gguf  # noqa: F401
-    except ImportError as error:
+    if find_spec("gguf") is None:
         raise InputError(
-            f"model {name}: expected the libraries gguf and accelerate, found none of one; "
-            "run pip install 'sparseswaps[gguf]'"
-        ) from error
-    del accelerate
+            f"model {name}: expected the library gguf, found none; run pip install 'sparseswaps[gguf]'"
+        )
 
 
 def _in_memory(place: Source, reading: Reading, config: Any, trust: Trust) -> Any:

@@ -20,13 +20,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, InvalidModelError
+from ..errors import InvalidModelError
 from .blocks import Block, PrunableLayer, find_blocks, stacks_of
 
 if TYPE_CHECKING:
@@ -306,15 +305,6 @@ class _Current(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._dtypes)
-
-
-def require_accelerate() -> None:
-    """Raise ``InputError`` where the library that maps checkpoints is missing."""
-    if find_spec("accelerate") is None:
-        raise InputError(
-            "offloading needs the library accelerate: expected it installed, found none; "
-            "run pip install 'sparseswaps[offload]'"
-        )
 
 
 def load_offloaded(
