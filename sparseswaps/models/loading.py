@@ -108,7 +108,7 @@ def load_model(
     """Load a checkpoint with the class that reads all of its tensors (see ``checkpoints``).
 
     Args:
-        source: directory, ``.gguf`` file or hub name.
+        source: directory, ``.gguf`` file, hub name, or ``package:NAME[/PATH]`` in an installed package.
         device: where to put it.
         dtype: ``auto`` computes in float32 on a CPU and in the checkpoint's dtype elsewhere;
             ``checkpoint`` always in the checkpoint's; or a torch dtype's name.
@@ -135,7 +135,12 @@ def load_model(
             model = reading.skeleton
         elif offload:
             model, files, folder = load_offloaded(
-                reading.architecture, reading.skeleton, config, name, device, weight_options(place, trust)
+                reading.architecture,
+                reading.skeleton,
+                config,
+                place.place,
+                device,
+                weight_options(place, trust),
             )
         else:
             model = _in_memory(place, reading, config, trust)

