@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,16 @@ class Stream:
         return len(self._batches)
 
     @property
+    def skips(self) -> bool:
+        """Whether finished blocks return what they returned before."""
+        return self._skip
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return device_of(self._model)
+
+    @property
     def current(self) -> Block:
         """The block that is looked into."""
         return self._blocks[self._done]
@@ -104,6 +114,7 @@ class Stream:
         writers: Sequence[PrunableLayer] = (),
         stream_observer: Observer | None = None,
         once: bool = True,
+        around: AbstractContextManager[None] | None = None,
     ) -> None:
         """Run one batch and tell ``observer`` what each of ``layers`` receives.
 
@@ -115,6 +126,7 @@ class Stream:
             writers: layers of the current block whose output is added to something (``residual_writers``).
             stream_observer: called with each of them and what its output is added to (..., rows).
             once: whether each of ``layers`` is called once, so that nothing is missed behind the last.
+            around: is open while the model runs.
         """
         stop = once and self._skip and not advance and not writers
         with ExitStack() as watching:
@@ -124,12 +136,16 @@ class Stream:
                 watching.enter_context(_AdditionObserver(writers, stream_observer, end))
             watching.enter_context(self._cut_after(batch, advance))
             watching.enter_context(torch.no_grad())
+            watching.enter_context(nullcontext() if around is None else around)
             self._forward(batch)
 
-    def advance(self, batch: int) -> None:
-        """Run one batch through the current block and keep what it returns for ``finish_block``."""
+    def advance(self, batch: int, around: AbstractContextManager[None] | None = None) -> None:
+        """Run one batch through the current block and keep what it returns for ``finish_block``.
+
+        ``around`` is open while the model runs.
+        """
         if self._skip:
-            self.observe(batch, (), lambda _layer, _inputs: None, advance=True)
+            self.observe(batch, (), lambda _layer, _inputs: None, advance=True, around=around)
 
     def finish_block(self) -> None:
         """Go on to the next block, after every batch was advanced."""

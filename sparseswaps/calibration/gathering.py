@@ -9,7 +9,7 @@ and, for as long as it is sent, another one's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,8 +22,9 @@ from ..models.blocks import Block, PrunableLayer
 from ..models.inputs import Samples
 from ..problems import GramAccumulator
 from ..ranks import Ranks
-from .activations import Step, Stream, residual_writers, steps_of
+from .activations import Observer, Step, Stream, residual_writers, steps_of
 from .experts import is_expert
+from .settled import Settled
 from .store import TensorStore
 
 # Tokens per forward call: enough to keep a processor busy, few enough for its memory.
@@ -58,6 +59,7 @@ class Flow:
         dense: the same of the dense model, or None.
         probe: of the pruned network on one window, which shows how a block's layers depend on each other.
         seen: what the dense network's layers of the current block receive, of batches that went through it.
+        settled: what the pruned network's final layers of the current block return.
         parts: groups of batches.
         ranks: the processes; group ``i`` belongs to rank ``i`` modulo their number.
     """
@@ -66,6 +68,7 @@ class Flow:
     dense: Stream | None
     probe: Stream
     seen: Seen
+    settled: Settled
     parts: tuple[range, ...]
     ranks: Ranks
 
@@ -100,6 +103,7 @@ class Flow:
             Stream(model, blocks, windows, size, skip, store.sibling()) if dense else None,
             Stream(model, blocks, windows[:1], 1, skip, store.sibling()),
             Seen(store.sibling()),
+            Settled(store.sibling()),
             tuple(range(first, last) for first, last in pairwise(ends)),
             ranks,
         )
@@ -113,15 +117,18 @@ class Flow:
         """``steps_of`` the current block, the same on every rank."""
         layers = {layer.name: layer for layer in self.pruned.current.layers}
 
-        def found() -> list[tuple[list[list[str]], bool]]:
+        def found() -> list[tuple[list[list[str]], bool, bool]]:
             steps = steps_of(self.probe)
             if not all(step.reached for step in steps):  # few tokens do not come to every expert
                 steps = steps_of(self.pruned)
-            return [([[layer.name for layer in group] for group in step.inputs], step.once) for step in steps]
+            return [
+                ([[layer.name for layer in group] for group in step.inputs], step.reached, step.once)
+                for step in steps
+            ]
 
         return [
-            Step(tuple(tuple(layers[name] for name in group) for group in names), once=once)
-            for names, once in self.ranks.from_first(found)
+            Step(tuple(tuple(layers[name] for name in group) for group in names), reached, once)
+            for names, reached, once in self.ranks.from_first(found)
         ]
 
     def writers(self) -> list[PrunableLayer]:
@@ -130,12 +137,35 @@ class Flow:
         names = self.ranks.from_first(lambda: [layer.name for layer in residual_writers(self.probe)])
         return [layers[name] for name in names]
 
+    def begin_block(self, block: Block, steps: Sequence[Step]) -> None:
+        """Layers of the current block are pruned step by step, which ``settle`` tells of."""
+        if steps and self.pruned.skips and all(step.reached and step.once for step in steps):
+            self.settled.begin(block, [layer for step in steps for layer in step.layers])
+
+    def observe(
+        self,
+        batch: int,
+        step: Step,
+        observer: Observer,
+        advance: bool,
+        writers: Sequence[PrunableLayer],
+        stream_observer: Observer,
+    ) -> None:
+        """What the pruned network's layers of a step receive, see ``Stream.observe``."""
+        leaders = [group[0] for group in step.inputs]
+        around = self._settled(batch)
+        self.pruned.observe(batch, leaders, observer, advance, writers, stream_observer, step.once, around)
+
+    def _settled(self, batch: int) -> AbstractContextManager[None]:
+        return self.settled.passing(batch, self.pruned.device)
+
     def finish_block(self, block: Block, dense: Mapping[str, Tensor], advanced: bool) -> None:
         """Go on to the next block; ``advanced`` says that the pruned network's outputs are there already."""
         if not advanced:
             for batch in self.own_batches():
-                self.pruned.advance(batch)
+                self.pruned.advance(batch, self._settled(batch))
         self.pruned.finish_block()
+        self.settled.clear()
         if self.ranks.first:
             self.probe.advance(0)
         self.probe.finish_block()
@@ -347,7 +377,7 @@ def _observe_batch(
         found, inputs = pairs.pop(layer.name)
         add_inputs(sums[layer.name], layer, found, inputs, stream_loss(stream, streams.pop(layer.name)))
 
-    flow.pruned.observe(batch, leaders, observe, advance, alone, keep_stream, step.once)
+    flow.observe(batch, step, observe, advance, alone, keep_stream)
     if flow.dense is None:
         return
     with ExitStack() as stack:

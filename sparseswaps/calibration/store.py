@@ -72,9 +72,12 @@ class TensorStore:
         return key in self._kept
 
     def has_room(self, nbytes: int) -> bool:
-        """Whether so many bytes, which one could do without, go neither to files nor into scarce memory."""
-        if self._device is not None and self._held.on_device + nbytes <= self._room:
-            return True
+        """Whether there is room near the processor for so many bytes that one could do without.
+
+        On a device that is there; else in main memory, under the limit or while enough is free.
+        """
+        if self._device is not None:
+            return self._held.on_device + nbytes <= self._room
         if self.limit is not None:
             return self._held.in_memory + nbytes <= self.limit
         free = available_memory()

@@ -370,6 +370,10 @@ class _Job:
         one_shot = self.solving.settings.mode is Mode.ONE_SHOT
         if one_shot:
             steps = [Step(tuple(group for step in steps for group in step.inputs))] if steps else []
+        else:
+            for each in flows:
+                if each is not None:
+                    each.begin_block(block, steps)
         for number, step in enumerate(steps):
             seen = None
             if one_shot or not all(self._is_known(layer) for layer in step.layers):
@@ -391,6 +395,9 @@ class _Job:
                 seen = StepSums(sums[0], sums[1], sums[2], reading, self._uncalled(flow, step, sums[0]))
             for group in step.inputs:
                 self._prune_group(group, seen, moments, outputs)
+            for each in flows:
+                if each is not None:
+                    each.settled.settle(step.layers)
         for each in flows:
             if each is not None:
                 each.finish_block(block, dense, advanced=one_shot and bool(steps))
