@@ -21,7 +21,7 @@ from ..machine import available_memory, size
 
 # Values that are fetched before they are asked for: one of each stack of blocks of a model.
 MOST_AHEAD = 2
-# Share of the free main memory that may be filled with what one could do without.
+# Share of the free main memory that a store may fill with what one could do without.
 SPARE = 0.1
 
 
@@ -74,14 +74,15 @@ class TensorStore:
     def has_room(self, nbytes: int) -> bool:
         """Whether there is room near the processor for so many bytes that one could do without.
 
-        On a device that is there; else in main memory, under the limit or while enough is free.
+        On a device that is there; else in main memory, under the limit or a small share of what is free.
         """
         if self._device is not None:
             return self._held.on_device + nbytes <= self._room
         if self.limit is not None:
             return self._held.in_memory + nbytes <= self.limit
         free = available_memory()
-        return free is None or nbytes <= SPARE * free
+        own = sum(kept.in_memory for kept in self._kept.values())
+        return free is None or own + nbytes <= SPARE * (free + own)
 
     def keep(self, key: Hashable, value: Any) -> None:
         """Remember ``value`` under ``key``, instead of what was there."""

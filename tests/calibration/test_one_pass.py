@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sparseswaps as ss
+from sparseswaps.calibration import store as store_module
 from sparseswaps.calibration.settled import Settled
 from sparseswaps.calibration.store import TensorStore
 from sparseswaps.models.blocks import Block, PrunableLayer, find_blocks
@@ -61,14 +62,21 @@ def test_some_batches_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def test_room_is_what_the_limit_leaves() -> None:
+def test_room_is_what_the_limit_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     store = TensorStore(limit=100)
     assert store.has_room(100)
     store.keep("some", torch.zeros(15))
     assert store.has_room(40)
     assert not store.has_room(41)
-    assert TensorStore().has_room(1000)
-    assert not TensorStore().has_room(1 << 60)
+    # without a limit a tenth of what is free, or was before it was filled
+    monkeypatch.setattr(store_module, "available_memory", lambda: 10_000)
+    free = TensorStore()
+    assert free.has_room(1000)
+    assert not free.has_room(1001)
+    free.keep("some", torch.zeros(200))
+    monkeypatch.setattr(store_module, "available_memory", lambda: 9_200)
+    assert free.has_room(200)
+    assert not free.has_room(201)
 
 
 class Toy(nn.Module):
