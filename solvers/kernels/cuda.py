@@ -22,7 +22,7 @@ from .batch import costs, descend_batch
 from .exchange_rounds import exchange_rows
 from .interface import BestSwaps, Descent, DescentOptions, ScaledProblem, unsolved
 from .reference import levels_of, prune
-from .scaling import BOUND_ROUNDING, LEVELS, NARROW_BLOCK, PROBES, RANKS
+from .scaling import BOUND_ROUNDING, LEVELS, NARROW_BLOCK, RANKS, probes
 from .triton_loops.programs import best_of_rows, descend_rows, walk_rows
 
 __all__ = ["best_swaps", "descend", "exchange_rows", "prune"]
@@ -166,7 +166,7 @@ def tiles(cols: int, block: int) -> dict[str, int | float]:
     blocks, wide = part(TILE)
     level_blocks, level_wide = part(LEVEL_TILE)
     return {
-        "PROBES": PROBES,
+        "PROBES": probes(cols),
         "LEVELS": LEVELS,
         "SLACK": BOUND_ROUNDING,
         "TOP": TOP,

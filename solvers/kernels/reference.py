@@ -13,8 +13,8 @@ Two searches, both until no swap has Δ < -limit, half the tolerated share of th
   u0 with its best partner or p0 with its best partner, whichever is lower, and the best candidate of all
   blocks is taken. If it does not improve, the second lowest q of both sides are tried in the same way, and
   so on. Only if none of ``RANKS`` ranks improves, whole lines Δ(u, ·) are looked at, and the best swap of the
-  first one with an improving swap is taken: ``PROBES`` lines in the order of their bounds, then the others in
-  the order of u. No swap is left if no line has any.
+  first one with an improving swap is taken: some lines in the order of their bounds (``probes``), then the
+  others in the order of u. No swap is left if no line has any.
 
 The bound of a line, with ``ρ_j = max_{i≠j} |R_ij|`` and ``s_j = |y_j| √ρ_j``, is
 
@@ -44,7 +44,7 @@ from torch import Tensor
 
 from .batch import costs, descend_batch
 from .interface import BestSwaps, Descent, DescentOptions, ScaledProblem, unsolved
-from .scaling import BOUND_ROUNDING, LEVELS, NARROW_BLOCK, PROBES, RANKS
+from .scaling import BOUND_ROUNDING, LEVELS, NARROW_BLOCK, RANKS, probes
 
 # Entries of Δ that are held at once.
 DELTA_ENTRIES = 1 << 24
@@ -329,8 +329,9 @@ class _Rows:
         bounds = self._line_bounds().masked_fill(~self.mask, torch.inf)
         place = bounds.argsort(dim=1, stable=True).argsort(dim=1)
         index = torch.arange(line.shape[1], device=line.device)
-        turn = torch.where(place < PROBES, place, PROBES + index)
-        u = turn.masked_fill(line >= -limit[:, None], PROBES + line.shape[1]).argmin(1)
+        first = probes(line.shape[1])
+        turn = torch.where(place < first, place, first + index)
+        u = turn.masked_fill(line >= -limit[:, None], first + line.shape[1]).argmin(1)
         change, inside = (side.gather(1, u[:, None])[:, 0] for side in (line, partner))
         change = change.masked_fill(change >= -limit, torch.inf)
         return change, u, u // self.block * self.block + inside

@@ -34,12 +34,17 @@ RANKS = 4
 LEVELS = 32
 # Share of its terms by which such a bound is lowered: more than rounding in float32 can lift it.
 BOUND_ROUNDING = 1e-6
-# Lines with the lowest bounds that are tried before all the others.
-PROBES = 64
+# Lines with the lowest bounds that are tried before all the others: so many for every so many columns.
+PROBES, PROBED_COLS = 16, 1024
 # The most tabu walks of a row; each starts from a better local optimum than the one before.
 WALKS = 32
 # Kept weights this much larger than the row's scale leave the range of float32 states.
 LARGEST_FLOAT32 = 1e12
+
+
+def probes(cols: int) -> int:
+    """Lines with the lowest bounds that are tried before all the others, of a row of ``cols``."""
+    return PROBES * max(1, cols // PROBED_COLS)
 
 
 class ScaledRows(NamedTuple):

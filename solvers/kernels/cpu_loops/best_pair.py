@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..scaling import BOUND_ROUNDING, LEVELS, PROBES
+from ..scaling import BOUND_ROUNDING, LEVELS, PROBED_COLS, PROBES
 from .compilation import Array, compiled
 from .minima import CHUNK, argmin, big_of, line_argmin, lower
 from .row_state import swap_change
@@ -145,7 +145,7 @@ def best_pair(
     best = limit
     best_u = -1
     best_p = -1
-    for _ in range(PROBES):
+    for _ in range(PROBES * max(1, cols // PROBED_COLS)):
         u = argmin(bounds, 0, cols)
         if bounds[u] > best:
             return best, best_u, best_p
