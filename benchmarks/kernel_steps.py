@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from sparseswaps.solvers.kernels.scaling import LEVELS, PROBED_COLS, PROBES
+from sparseswaps.solvers.kernels.scaling import LEVELS, probes
 
 Array = np.ndarray[Any, Any]
 
@@ -60,6 +60,7 @@ class Row(NamedTuple):
 
 
 compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"nnan", "nsz"})
+probed_lines = compiled(probes)
 
 
 @compiled
@@ -187,7 +188,7 @@ def first_of_lines(R: Array, row: Row, limit: Any, counts: Array) -> tuple[Any, 
     bound = line_bounds(row, True)
     under = np.flatnonzero(bound < limit)
     order = under[np.argsort(bound[under], kind="mergesort")]
-    order[PROBES * max(1, len(bound) // PROBED_COLS) :].sort()
+    order[probed_lines(len(bound)) :].sort()
     for first in range(0, len(order), GROUP):
         best, best_u, best_p = limit, -1, -1
         for u in order[first : first + GROUP]:
@@ -204,7 +205,7 @@ def lowest_of_lines(R: Array, row: Row, known: Any, u: int, p: int, counts: Arra
     """As ``best_of_lines``, groups of the lowest bounds first, then by index."""
     bound = line_bounds(row, True)
     order = np.argsort(bound, kind="mergesort")
-    order[PROBES * max(1, len(bound) // PROBED_COLS) :].sort()
+    order[probed_lines(len(bound)) :].sort()
     best, best_u, best_p = known, u, p
     for first in range(0, len(order), GROUP):
         group = order[first : first + GROUP]

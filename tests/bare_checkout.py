@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hidden_libraries import hiding
+
 ROOT = Path(__file__).resolve().parents[1]
 # all but what the acceptance of the CUDA path says it needs
 HIDDEN = (
@@ -14,24 +16,12 @@ HIDDEN = (
     "pyscipopt", "ray",
 )  # fmt: skip
 # runs before anything else in every Python that finds it, child processes included
-SITE = f"""
-import importlib.abc, importlib.metadata as metadata, importlib.util, sys
-
-HIDDEN = {HIDDEN!r}
-
-class Hide(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in HIDDEN:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Hide())
-find, of = importlib.util.find_spec, metadata.Distribution.from_name.__func__
-importlib.util.find_spec = lambda name, package=None: (
-    None if name.split(".")[0] in HIDDEN else find(name, package)
-)
+SITE = f"""{hiding(HIDDEN)}
+from importlib import metadata
+of = metadata.Distribution.from_name.__func__
 
 def from_name(cls, name):
-    if name.replace("-", "_") in (*HIDDEN, "sparseswaps"):
+    if name.replace("-", "_") in (*hidden, "sparseswaps"):
         raise metadata.PackageNotFoundError(name)
     return of(cls, name)
 

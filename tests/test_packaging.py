@@ -12,6 +12,7 @@ import bare_checkout
 import pytest
 import tiny_models
 import torch
+from hidden_libraries import hiding
 
 import sparseswaps as ss
 
@@ -105,18 +106,7 @@ def test_folders_are_not_importable_by_their_bare_names() -> None:
 
 def test_everything_else_works_without_optional_libraries() -> None:
     """A hidden library looks exactly as if it were not installed."""
-    script = f"""
-import importlib.abc, importlib.util, sys
-hidden = {OPTIONAL!r}
-class Hide(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in hidden:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Hide())
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: (
-    None if name.split(".")[0] in hidden else find(name, package)
-)
+    script = f"""{hiding(OPTIONAL)}
 import sparseswaps as ss
 problem = ss.synthetic_layer("correlated", 4, 16)
 best = ss.solve(problem, ss.OneSwap())

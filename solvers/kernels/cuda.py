@@ -27,8 +27,7 @@ from .triton_loops.programs import best_of_rows, descend_rows, walk_rows
 
 __all__ = ["best_swaps", "descend", "exchange_rows", "prune"]
 
-# Rows that are searched together, and the most swaps that each makes before the host looks at the clock: well
-# under a second at any width.
+# Rows that are searched together, and the most swaps that each makes before the host looks at the clock.
 LAUNCH_ROWS = 4096
 LAUNCH_SWAPS = 1024
 # Columns that a program looks at together.
@@ -114,13 +113,15 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 class _State:
     """What the programs know of some rows, see ``triton_loops``; arguments in the order of the programs."""
 
-    def __init__(self, problem: ScaledProblem, root: Tensor, cost: Tensor, mask: Tensor) -> None:
+    def __init__(
+        self, problem: ScaledProblem, root: Tensor, cost: Tensor, mask: Tensor, all_pairs: bool = True
+    ) -> None:
         weight, block = problem.weight, problem.block
         rows, cols = weight.shape
         self.R = problem.correlation.contiguous()
         self.narrow = block <= NARROW_BLOCK
         one = block == cols
-        self.inside = self.root = self.R
+        self.inside, self.root = self.R, root
         self.delta = torch.where(mask, weight, -weight).contiguous()
         wide = self.delta.double()
         self.q = wide.mul(cost).mul_(2).addcmul_(wide, wide).to(weight.dtype).contiguous()
@@ -132,13 +133,12 @@ class _State:
             **launch_options(),
             **tiles(cols, block),
         }
-        # stand-ins where nothing but narrow blocks is looked at
+        # stand-ins where lines are not searched for all pairs
         self.level = self.levels = self.lows = self.bounds = self.queue = self.q
         if self.narrow:
             self.inside = torch.cat([self.R[i : i + block, i : i + block] for i in range(0, cols, block)])
             self.inside = self.inside.contiguous()
-        else:
-            self.root = root
+        elif all_pairs:
             self.levels, level = levels_of(weight.abs() * root)
             self.level = level.to(torch.int8)
             self.lows = weight.new_empty(rows, cols // block * (LEVELS + 1))
@@ -218,7 +218,7 @@ class _Steps:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Walk from some optima."""
         rows = len(mask)
-        state = _State(problem, self.root, cost, mask)
+        state = _State(problem, self.root, cost, mask, all_pairs=False)
         best = state.flags.clone()
         held = torch.full((rows, 2 * self.options.tenure), -1, dtype=torch.int32, device=mask.device)
         moves, gained = (torch.zeros(rows, dtype=torch.int32, device=mask.device) for _ in range(2))

@@ -195,7 +195,6 @@ class Seen:
     def __init__(self, store: TensorStore) -> None:
         self.batches: set[int] = set()
         self._store = store
-        self._keys: set[tuple[int, str, str]] = set()
 
     def look(
         self,
@@ -232,25 +231,21 @@ class Seen:
         stream.observe(batch, leaders, keep("inputs"), True, writers, keep("stream"))
         for key, values in found.items():
             self._store.keep(key, values)
-            self._keys.add(key)
         self.batches.add(batch)
         return True
 
     def take(self, batch: int, layer: PrunableLayer, kind: str) -> list[Tensor]:
         """The ``inputs`` of a layer, or the ``stream`` that it writes into, of each call; once."""
         key = (batch, layer.name, kind)
-        if key not in self._keys:
+        if key not in self._store:
             return []
         found: list[Tensor] = self._store.recall(key, layer.weight.device)
         self._store.drop(key)
-        self._keys.remove(key)
         return found
 
     def clear(self) -> None:
         """Forget everything: another block is next."""
-        for key in self._keys:
-            self._store.drop(key)
-        self._keys.clear()
+        self._store.clear()
         self.batches.clear()
 
 

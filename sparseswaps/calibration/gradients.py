@@ -34,7 +34,7 @@ from ..models.inputs import Samples
 from ..models.offload import Residence
 from ..models.outputs import output_states
 from ..problems.products import Factor, Products, mirrored
-from .activations import can_skip, forward_replaced
+from .activations import forward_replaced
 from .backward import backward_through_blocks
 from .logits import Outputs, SlicedModel
 from .sampling import Draws, drawn_labels
@@ -310,7 +310,8 @@ class Moments:
     Args:
         model, blocks, windows, batch_size, report: as for ``gradient_moments``.
         store: keeps the moments until they are taken out, and activations in between.
-        residence: where the blocks' weights are; in the model by default.
+        residence: where the blocks' weights are, of a model whose blocks may be gone through one by one
+            (``can_skip``); by default windows go through the whole model.
     """
 
     def __init__(
@@ -324,7 +325,7 @@ class Moments:
         residence: Residence | None = None,
     ) -> None:
         self._store = store.sibling()
-        if residence is not None and not (residence.offloaded and can_skip(model, blocks, windows)):
+        if residence is not None and not residence.offloaded:
             residence = None
         groups = moment_groups(blocks, MOMENT_BYTES if store.limit is None else store.limit)
         for number, group in enumerate(groups):

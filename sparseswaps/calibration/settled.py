@@ -34,7 +34,6 @@ class Settled:
 
     def __init__(self, store: TensorStore) -> None:
         self._store = store
-        self._keys: set[Key] = set()
         self._layers: tuple[PrunableLayer, ...] = ()
         self._open: set[str] = set()
         self._barred: set[str] = set()
@@ -53,8 +52,7 @@ class Settled:
 
     def clear(self) -> None:
         """Forget everything: another block is next."""
-        for key in list(self._keys):
-            self._drop(key)
+        self._store.clear()
         self._barred.clear()
         self._block = None
 
@@ -87,11 +85,8 @@ class Settled:
                 continue
             if not own & self._open and full not in self._barred:
                 yield full, module
-                if (batch, full) in self._keys:
-                    for key in [
-                        key for key in self._keys if key[0] == batch and key[1].startswith(f"{full}.")
-                    ]:
-                        self._drop(key)
+                if (batch, full) in self._store:
+                    self._drop_inside(batch, full)
                     continue
             yield from self._outermost(full, module, batch)
 
@@ -106,7 +101,7 @@ class Settled:
             if len(calls) > 1:
                 self._bar(key[1])
                 return original(*args, **kwargs)
-            if key in self._keys:
+            if key in self._store:
                 return self._store.recall(key, device)
             output = original(*args, **kwargs)
             # without a layer to prune there is no later pass
@@ -122,13 +117,14 @@ class Settled:
             # what comes after may write into the original
             copy = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
             self._store.keep(key, copy)
-            self._keys.add(key)
+
+    def _drop_inside(self, batch: int, name: str) -> None:
+        self._drop(lambda key: key[0] == batch and key[1].startswith(f"{name}."))
 
     def _bar(self, name: str) -> None:
         self._barred.add(name)
-        for key in [key for key in self._keys if key[1] == name]:
-            self._drop(key)
+        self._drop(lambda key: key[1] == name)
 
-    def _drop(self, key: Key) -> None:
-        self._store.drop(key)
-        self._keys.discard(key)
+    def _drop(self, unwanted: Callable[[Key], bool]) -> None:
+        for key in filter(unwanted, self._store.keys()):
+            self._store.drop(key)

@@ -71,6 +71,15 @@ class TensorStore:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._kept
 
+    def keys(self) -> list[Any]:
+        """What something is kept under."""
+        return list(self._kept)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for key in self.keys():
+            self.drop(key)
+
     def has_room(self, nbytes: int) -> bool:
         """Whether there is room near the processor for so many bytes that one could do without.
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..calibration.activations import can_skip
 from ..calibration.gathering import gradient_batch_size_for
 from ..calibration.gradients import Moments
 from ..calibration.store import TensorStore
@@ -88,7 +89,9 @@ def allocate(
     search = without_weight_updates(solver)
     if rule is Allocation.KNAPSACK:
         batch_size = gradient_batch_size_for(calibration.shape[1])
-        moments = Moments(model, blocks, calibration, batch_size, store or TensorStore(), residence=residence)
+        one_by_one = residence is not None and residence.offloaded and can_skip(model, blocks, calibration)
+        place = residence if one_by_one else None
+        moments = Moments(model, blocks, calibration, batch_size, store or TensorStore(), residence=place)
     problems = layer_problems(model, blocks, pattern, calibration, residence)
     for done, problem in enumerate(problems, start=1):
         if rule is Allocation.OWL:

@@ -340,7 +340,7 @@ class _Job:
                 gradient_batch_size_for(calibration.shape[1]),
                 self.context.store,
                 lambda done, total: self.context.progress.stage("output metric", done, total),
-                self.context.residence,
+                self.context.residence if skip else None,
             )
         calibration, checks = _split(calibration, self.objective.held_out_share)
         outputs = None

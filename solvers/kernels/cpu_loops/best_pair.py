@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..scaling import BOUND_ROUNDING, LEVELS, PROBED_COLS, PROBES
+from ..scaling import BOUND_ROUNDING, LEVELS, probes
 from .compilation import Array, compiled
 from .minima import CHUNK, argmin, big_of, line_argmin, lower
 from .row_state import swap_change
@@ -23,6 +23,8 @@ from .row_state import swap_change
 PAIR_CHUNK = 16
 # Pairs whose bound beats the incumbent are looked up so many at a time.
 PAIR_LIST = 1024
+
+probed_lines = compiled(probes)
 
 
 @compiled
@@ -145,7 +147,7 @@ def best_pair(
     best = limit
     best_u = -1
     best_p = -1
-    for _ in range(PROBES * max(1, cols // PROBED_COLS)):
+    for _ in range(probed_lines(cols)):
         u = argmin(bounds, 0, cols)
         if bounds[u] > best:
             return best, best_u, best_p

@@ -1,7 +1,7 @@
 """Inner loops for CUDA devices, in Triton: one program descends one row.
 
-A row's state lies in global memory, but at these sizes a program finds it in the first-level cache again:
-what counts is how often a loop passes over it and how many lines of ``R`` it reads. The state of a row:
+A row's state lies in global memory and is left to the caches; what is kept low is how often a loop passes
+over it and how much of ``R`` it reads. The state of a row:
 
 - ``q``, ``delta`` (cols,): as in ``reference``;
 - ``flags`` (cols,), bits: 1 kept, 2 its line has been tried since the last swap, 4 may not move now;

@@ -40,6 +40,18 @@ def lowest_of_blocks(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def partners(single, slack, factor, line, j, free, most, low, at):  # type: ignore[no-untyped-def]
+    """Lane by lane the lower of Δ = ``single + factor R_j`` and ``low``, with its column.
+
+    Of the ``free`` columns only those are read whose bound ``single - slack`` is at most ``most``.
+    """
+    looked = free & (single - slack <= most)
+    change = single + factor * tl.load(line + j, mask=looked, other=0.0)
+    lower = looked & (change < low)
+    return tl.where(lower, change, low), tl.where(lower, j, at)
+
+
+@triton.jit
 def two_lines(  # type: ignore[no-untyped-def]
     R,
     q,
@@ -96,18 +108,14 @@ def two_lines(  # type: ignore[no-untyped-def]
             step = tl.load(delta + j, mask=inside, other=0.0)
             flag = tl.load(flags + j, mask=inside, other=-1) & 5
             spread = tl.abs(step) * tl.load(root + j, mask=inside, other=0.0)
-            single = q_u + value
-            looked = (flag == 0) & has_u[:, None] & (single - reach_u * spread <= most)
-            change = single + step_u * step * tl.load(line_u + j, mask=looked, other=0.0)
-            lower = looked & (change < low_u)
-            low_u = tl.where(lower, change, low_u)
-            at_u = tl.where(lower, j, at_u)
-            single = q_p + value
-            looked = (flag == 1) & has_p[:, None] & (single - reach_p * spread <= most)
-            change = single + step_p * step * tl.load(line_p + j, mask=looked, other=0.0)
-            lower = looked & (change < low_p)
-            low_p = tl.where(lower, change, low_p)
-            at_p = tl.where(lower, j, at_p)
+            free = (flag == 0) & has_u[:, None]
+            low_u, at_u = partners(
+                q_u + value, reach_u * spread, step_u * step, line_u, j, free, most, low_u, at_u
+            )
+            free = (flag == 1) & has_p[:, None]
+            low_p, at_p = partners(
+                q_p + value, reach_p * spread, step_p * step, line_p, j, free, most, low_p, at_p
+            )
         partner = first_index(low_u, at_u, cols)
         other = first_index(low_p, at_p, cols)
         of_u0 = tl.min(low_u, 1)
