@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 
 from ..models.blocks import Block, PrunableLayer
 from ..problems import Gram, GramAccumulator
-from .activations import Step
+from .steps import Step
 
 _EXPERT = re.compile(r"(^|\.)experts\.(expert_)?\d+\.")
 

@@ -22,9 +22,10 @@ from ..models.blocks import Block, PrunableLayer
 from ..models.inputs import Samples
 from ..problems import GramAccumulator
 from ..ranks import Ranks
-from .activations import Observer, Step, Stream, residual_writers, steps_of
+from .activations import Observer, Stream
 from .experts import is_expert
 from .settled import Settled
+from .steps import Step, residual_writers, steps_of
 from .store import TensorStore
 
 # Tokens per forward call: enough to keep a processor busy, few enough for its memory.

@@ -20,19 +20,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ..calibration.activations import (
-    Step,
-    Stream,
-    blocks_as_used,
-    can_skip,
-    experts_one_by_one,
-    steps_of,
-    used_without_call,
-)
+from ..calibration.activations import Stream, blocks_as_used, can_skip, experts_one_by_one
 from ..calibration.dense_outputs import DenseOutputs
 from ..calibration.experts import entries, warn_of_starved
 from ..calibration.gathering import Flow, add_inputs, batch_size_for, gather, gradient_batch_size_for
 from ..calibration.gradients import Moments
+from ..calibration.steps import Step, steps_of, used_without_call
 from ..calibration.store import TensorStore
 from ..errors import InputError, InvalidModelError
 from ..masks.packing import PackedMasks, masked, unpack_bytes, weight_from

@@ -37,10 +37,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.activations import Stream, can_skip, forward_replaced, steps_of
+from ..calibration.activations import Stream, can_skip, forward_replaced
 from ..calibration.dense_outputs import DenseOutputs
 from ..calibration.gathering import gradient_batch_size_for
 from ..calibration.gradients import checkpointed, gradient_moments, no_weight_gradients
+from ..calibration.steps import steps_of
 from ..errors import InputError, InvalidModelError
 from ..masks.packing import masked, pack_mask, unpack_bytes, weight_bytes, weight_from
 from ..models.blocks import Block, PrunableLayer

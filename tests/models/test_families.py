@@ -9,7 +9,8 @@ import tiny_models
 import torch
 
 import sparseswaps as ss
-from sparseswaps.calibration.activations import Stream, can_skip, experts_one_by_one, steps_of
+from sparseswaps.calibration.activations import Stream, can_skip, experts_one_by_one
+from sparseswaps.calibration.steps import steps_of
 from sparseswaps.calibration.windows import Windows
 from sparseswaps.masks.file import load_masks, verify_model
 from sparseswaps.models.blocks import find_blocks

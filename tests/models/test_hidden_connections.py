@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import sparseswaps as ss
 from sparseswaps.calibration import gradients
-from sparseswaps.calibration.activations import Stream, can_skip, steps_of
+from sparseswaps.calibration.activations import Stream, can_skip
 from sparseswaps.calibration.gathering import Flow, gather
+from sparseswaps.calibration.steps import steps_of
 from sparseswaps.calibration.store import TensorStore
 from sparseswaps.calibration.windows import Windows
 from sparseswaps.models.blocks import find_blocks

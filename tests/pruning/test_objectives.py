@@ -13,9 +13,10 @@ import tiny_models
 import torch
 
 import sparseswaps as ss
-from sparseswaps.calibration.activations import Stream, can_skip, residual_writers
+from sparseswaps.calibration.activations import Stream, can_skip
 from sparseswaps.calibration.gathering import stream_loss
 from sparseswaps.calibration.gradients import Moments, gradient_moments, moment_bytes, moment_groups
+from sparseswaps.calibration.steps import residual_writers
 from sparseswaps.calibration.store import TensorStore
 from sparseswaps.models.blocks import find_blocks
 from sparseswaps.pruning.allocation import (
