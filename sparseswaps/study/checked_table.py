@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -17,24 +18,41 @@ class CheckedTable:
 
     Args:
         values: the table; name: what messages call the whole; path: of the table in it.
+        below: tables whose keys hold where it says nothing, the first that has one.
+
+    Attributes:
+        values: its own and what it has from ``below``.
 
     Every reader takes a key and a default and raises ``InputError`` if the value has another type.
     """
 
-    def __init__(self, values: Mapping[str, Any], name: str, path: str) -> None:
-        self.values, self._name, self._path = values, name, path
+    def __init__(
+        self, values: Mapping[str, Any], name: str, path: str, below: Sequence[CheckedTable] = ()
+    ) -> None:
+        self._own, self._name, self._path, self._below = values, name, path, below
+        self.values: Mapping[str, Any] = ChainMap(dict(values), *(dict(table.values) for table in below))
         self._known: set[str] = set()
+
+    def over(self, below: Sequence[CheckedTable], **changed: Any) -> CheckedTable:
+        """The same table with keys changed, and with what it has from the tables ``below``."""
+        return CheckedTable({**self._own, **changed}, self._name, self._path, below)
 
     def wrong(self, key: str, expected: str, found: str) -> NoReturn:
         """Raise the error of one key."""
-        raise InputError(f"{self._name}, key {self._path}{key}: expected {expected}, found {found}")
+        raise InputError(f"{self._place(key)}: expected {expected}, found {found}")
 
     def refuse(self, key: str, error: Exception) -> NoReturn:
         """Raise ``error`` as that of one key."""
-        raise InputError(f"{self._name}, key {self._path}{key}: {error}") from error
+        raise InputError(f"{self._place(key)}: {error}") from error
+
+    def _place(self, key: str) -> str:
+        """Where a key stands: in the table itself unless it is from one below."""
+        holder = next((table for table in (self, *self._below) if key in table._own), self)
+        return f"{self._name}, key {holder._path}{key}"
 
     def _get(self, key: str, default: Any) -> Any:
-        self._known.add(key)
+        for table in (self, *self._below):
+            table._known.add(key)
         if key not in self.values and default is REQUIRED:
             self.wrong(key, "a value", "none")
         return self.values.get(key, default)
@@ -103,6 +121,11 @@ class CheckedTable:
             CheckedTable(each, self._name, f"{self._path}{key}[{index}].") for index, each in enumerate(value)
         ]
 
+    def named_tables(self, key: str) -> dict[str, CheckedTable]:
+        """Tables by name, none if there is no table ``key``."""
+        named = self.table(key)
+        return {name: named.table(name) for name in named.values}
+
     def _list(self, key: str, default: Any, kind: Any, expected: str) -> tuple[Any, ...]:
         value = self._get(key, default)
         values = list(value) if isinstance(value, list | tuple) else [value]
@@ -113,8 +136,8 @@ class CheckedTable:
         return tuple(values)
 
     def finish(self) -> None:
-        """Refuse keys that were never asked for."""
-        for key in self.values:
+        """Refuse keys that were never asked for, here or in a table above it."""
+        for key in self._own:
             if key not in self._known:
                 near = difflib.get_close_matches(key, self._known, 1)
                 hint = f"{near[0]} perhaps" if near else f"one of {', '.join(sorted(self._known))}"

@@ -137,24 +137,25 @@ def _problem_specs(study: Study, problems: ProblemSet) -> list[dict[str, Any]]:
         ]
     specs = []
     layers = layers_of(problems.source, study.folder, problems.include, problems.exclude)
-    contents = contents_of(problems.source, (problems.calibration, problems.held_out), study.folder)
-    for samples, layer, cols in itertools.product(problems.samples, layers, widths):
-        if cols > layer.cols:
-            continue
-        specs.append(
-            {
-                **base,
-                "source": problems.source,
-                "contents": contents,
-                "calibration": problems.calibration,
-                "held_out": problems.held_out,
-                "samples": samples,
-                "length": problems.length,
-                "add_bos": problems.add_bos,
-                "layer": layer.name,
-                "cols": 0 if cols == layer.cols else cols,
-            }
-        )
+    for texts in itertools.product(problems.calibration, problems.held_out):
+        contents = contents_of(problems.source, texts, study.folder)
+        for samples, layer, cols in itertools.product(problems.samples, layers, widths):
+            if cols > layer.cols:
+                continue
+            specs.append(
+                {
+                    **base,
+                    "source": problems.source,
+                    "contents": contents,
+                    "calibration": texts[0],
+                    "held_out": texts[1],
+                    "samples": samples,
+                    "length": problems.length,
+                    "add_bos": problems.add_bos,
+                    "layer": layer.name,
+                    "cols": 0 if cols == layer.cols else cols,
+                }
+            )
     return list({json.dumps(spec, sort_keys=True): spec for spec in specs}.values())
 
 

@@ -8,6 +8,14 @@
     [limits]
     memory_mb = 4000
 
+    [defaults]                       # keys of [[problem]] and [[model]] that hold unless they say otherwise
+    length = 256
+
+    [models.demo]                    # a model and the keys that go with it wherever it is named
+    model = "demo"
+    calibration = "stdlib"
+    evaluation = "stdlib-held-out"
+
     [[problem]]
     family = "correlated"            # or files = [...], or model = "..." with calibration = "..."
     rows = 4
@@ -20,14 +28,16 @@
     options = { max_swaps = [1, 10] }
 
     [[model]]
-    model = "demo"
-    calibration = "stdlib"
-    evaluation = "stdlib-held-out"
+    model = ["demo", "path/to/another"]
     samples = [16]                   # any option of ``PruneSettings`` and ``Machine``; lists are swept
-    bound = "shared-split"           # certified gap of every layer; leave it out for none
-    bound_seconds = 60
+    calibration = "text.txt"
+    variants = [                     # the entry with these keys changed, once for each
+      { bound = "shared-split", bound_seconds = 60 },  # certified gap of every layer; leave it out for none
+      { refine = 1 },
+    ]
 
-Every key that does not exist, is missing or has another type is an error that names it.
+A variant comes before its entry, the entry before ``[models.NAME]``, and this before ``[defaults]``. Every
+key that does not exist, is missing or has another type is an error that names it.
 """
 
 from __future__ import annotations
@@ -36,7 +46,7 @@ import itertools
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +94,8 @@ class ProblemSet:
         source: family, file patterns joined by a line break, or model; name: of it in tables.
         rows: rows of a synthetic layer, or sampled from each layer; 0 is all.
         cols: widths; for layers of files and models, of sub-blocks; empty is the whole width.
-        calibration, samples, length, add_bos, held_out, include, exclude: of a model.
+        calibration, samples, length, add_bos, held_out, include, exclude: of a model; each calibration and
+            held-out text and each number of samples is tried.
         patterns, solvers: in place of the study's own; empty for all.
     """
 
@@ -95,11 +106,11 @@ class ProblemSet:
     cols: tuple[int, ...]
     patterns: tuple[str, ...]
     solvers: tuple[str, ...]
-    calibration: str = ""
+    calibration: tuple[str, ...] = ("",)
     samples: tuple[int, ...] = (0,)
     length: int = 0
     add_bos: str = str(AddBos.AUTO)
-    held_out: str = ""
+    held_out: tuple[str, ...] = ("",)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
@@ -207,6 +218,7 @@ def parse_study(values: Mapping[str, Any], folder: Path | None = None, name: str
     for label in labels:
         if labels.count(label) > 1:
             table.wrong("solver", "different labels", f"{label!r} twice")
+    entries = _Entries(table.named_tables("models"), table.table("defaults"))
     study = Study(
         name=title,
         title=table.text("title", title),
@@ -217,14 +229,15 @@ def parse_study(values: Mapping[str, Any], folder: Path | None = None, name: str
         seconds=table.numbers("seconds", []) or (None,),
         memory_mb=memory,
         hard_seconds=hard,
-        problems=tuple(_problem_set(entry, labels) for entry in table.tables("problem")),
+        problems=tuple(_problem_set(each, labels) for each in entries.plain(table.tables("problem"))),
         solvers=solvers,
-        models=tuple(_model_set(entry, labels) for entry in table.tables("model")),
+        models=tuple(_model_set(each, labels) for each in entries.plain(table.tables("model"))),
     )
     if not solvers:
         table.wrong("solver", "at least one [[solver]]", "none")
     if not study.problems and not study.models:
         table.wrong("problem", "at least one [[problem]] or [[model]]", "none")
+    entries.finish()
     table.finish()
     return study
 
@@ -263,6 +276,61 @@ def _as_option(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
+class _Entries:
+    """What ``[[problem]]`` and ``[[model]]`` have in common: models by name, defaults, lists, variants.
+
+    Args:
+        models: tables ``[models.NAME]``.
+        defaults: table ``[defaults]``.
+    """
+
+    def __init__(self, models: Mapping[str, CheckedTable], defaults: CheckedTable) -> None:
+        self._models = {
+            name: table.over([], model=table.text("model"), name=table.text("name", name))
+            for name, table in models.items()
+        }
+        self._named: set[str] = set()
+        self._defaults = defaults
+
+    def plain(self, entries: Iterable[CheckedTable]) -> Iterator[CheckedTable]:
+        """Each entry as plain ones, to be read before the next: each model with each variant."""
+        for entry in entries:
+            _check_filled(entry, ["variants"])
+            variants = entry.tables("variants") or [entry.over([])]
+            sets = [each for variant in variants for each in self._of_sources(variant, entry)]
+            for _, table in sorted(sets, key=lambda each: each[0]):
+                yield table
+            entry.finish()
+
+    def _of_sources(self, variant: CheckedTable, entry: CheckedTable) -> list[tuple[int, CheckedTable]]:
+        """A variant with all that holds for it, for every model or family in its list, numbered."""
+        table = variant.over([entry, self._defaults])
+        kind = next((key for key in ("model", "family") if key in table.values), None)
+        if kind is None:
+            return [(0, table)]
+        _check_filled(table, [kind])
+        sources = table.texts(kind)
+        if len(sources) > 1 and "name" in table.values:
+            table.wrong("name", f"one {kind} where it has a name", f"{len(sources)}")
+        found = []
+        for place, source in enumerate(sources):
+            below, chosen = [entry, self._defaults], source
+            if kind == "model" and source in self._models:
+                self._named.add(source)
+                below.insert(1, self._models[source])
+                chosen = self._models[source].text("model")
+            found.append((place, variant.over(below, **{kind: chosen})))
+        return found
+
+    def finish(self) -> None:
+        """Refuse keys that no entry takes, and models that none names."""
+        for name, table in self._models.items():
+            if name not in self._named:
+                table.wrong("model", f"an entry with model = {name!r}", "none")
+            table.finish()
+        self._defaults.finish()
+
+
 def _problem_set(table: CheckedTable, labels: Sequence[str]) -> ProblemSet:
     kinds = [kind for kind in ("family", "files", "model") if kind in table.values]
     if len(kinds) != 1:
@@ -280,13 +348,14 @@ def _problem_set(table: CheckedTable, labels: Sequence[str]) -> ProblemSet:
         kind, source, name or ("" if kind == "files" else short_name(source)), rows, cols, patterns, solvers
     )
     if kind == "model":
+        _check_filled(table, ["calibration", "held_out", "samples"])
         found = replace(
             found,
-            calibration=table.text("calibration"),
+            calibration=table.texts("calibration"),
             samples=table.integers("samples", [128], least=1),
             length=table.integer("length", 0, least=0),
             add_bos=_add_bos(table),
-            held_out=table.text("held_out", ""),
+            held_out=table.texts("held_out", [""]),
             include=table.texts("include", []),
             exclude=table.texts("exclude", []),
         )
@@ -305,7 +374,7 @@ def _model_set(table: CheckedTable, labels: Sequence[str]) -> ModelSet:
     patterns, solvers = _choices(table, labels)
     model = table.text("model")
     table.texts("calibration")
-    table.text("evaluation")
+    table.texts("evaluation")
     values = {"objective": "plain", **table.values}
     found = ModelSet(
         model=model,
@@ -330,7 +399,7 @@ def _model_set(table: CheckedTable, labels: Sequence[str]) -> ModelSet:
             tier_of(found.bound)
         except InputError as error:
             table.refuse("bound", error)
-    if found.bound_seconds and not found.bound:
+    if found.bound_seconds and "bound" not in table.values:
         table.wrong("bound_seconds", "bound, the tier that the time is for", "none")
     for name in ELSEWHERE:
         if name in table.values:
@@ -349,7 +418,15 @@ def _tried(table: CheckedTable, field: Field[Any], values: Mapping[str, Any]) ->
         several = isinstance(given, list) and any(isinstance(each, list) for each in given)
     else:
         several = isinstance(given, list)
+        _check_filled(table, [field.name])
     return tuple(_one_of(table, field, each) for each in (given if several else [given]))
+
+
+def _check_filled(table: CheckedTable, keys: Sequence[str]) -> None:
+    """Refuse lists without a value, of which nothing would be made."""
+    for key in keys:
+        if table.values.get(key) == []:
+            table.wrong(key, "at least one value", "none")
 
 
 def _one_of(table: CheckedTable, field: Field[Any], value: Any) -> Any:

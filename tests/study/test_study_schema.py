@@ -159,6 +159,114 @@ def test_bounds_of_whole_models_are_asked_for_by_tier():
         assert message in str(error.value)
 
 
+SHORT = """
+name = "small"
+patterns = ["50%"]
+[defaults]
+samples = 16
+length = 128
+rows = 2
+[models.two]
+model = "demo"
+calibration = ["stdlib", "text.txt"]
+evaluation = "stdlib-held-out"
+samples = 32
+[[problem]]
+model = ["demo", "two"]
+calibration = "stdlib"
+cols = [16]
+include = ["*.0.mlp.up*"]
+[[problem]]
+family = ["correlated", "rank-one"]
+cols = [8]
+[[model]]
+model = ["demo", "two"]
+evaluation = ["stdlib-held-out", "text.txt"]
+calibration = "text.txt"
+solvers = ["Wanda"]
+variants = [
+  { objective = "drift=0.5" },
+  { calibration = "stdlib", samples = [4, 8], bound = "auto", bound_seconds = 5 },
+  { evaluation = "text.txt", solvers = [], length = 64 },
+]
+[[model]]
+model = "two"
+solvers = ["Wanda"]
+[[solver]]
+solver = "wanda"
+label = "Wanda"
+[[solver]]
+solver = "ria"
+"""
+# the same, every key where it is meant
+LONG = {
+    "name": "small",
+    "patterns": ["50%"],
+    "problem": [
+        {"model": "demo", "name": name, "calibration": "stdlib", "cols": [16], "include": ["*.0.mlp.up*"],
+         "samples": samples, "length": 128, "rows": 2}
+        for name, samples in (("demo", 16), ("two", 32))
+    ] + [{"family": family, "cols": [8], "rows": 2} for family in ("correlated", "rank-one")],
+    "model": [
+        {"model": "demo", "name": name, "calibration": calibration, "evaluation": evaluation,
+         "samples": samples, "length": length, **more}
+        for name, plain in (("demo", 16), ("two", 32))
+        for calibration, evaluation, samples, length, more in [
+            ("text.txt", "stdlib-held-out", plain, 128, {"objective": "drift=0.5", "solvers": ["Wanda"]}),
+            ("text.txt", "text.txt", plain, 128, {"objective": "drift=0.5", "solvers": ["Wanda"]}),
+            *(("stdlib", text, count, 128, {"bound": "auto", "bound_seconds": 5, "solvers": ["Wanda"]})
+              for text in ("stdlib-held-out", "text.txt") for count in (4, 8)),
+            ("text.txt", "text.txt", plain, 64, {}),
+        ]
+    ] + [
+        {"model": "demo", "name": "two", "calibration": calibration, "evaluation": "stdlib-held-out",
+         "samples": 32, "length": 128, "solvers": ["Wanda"]}
+        for calibration in ("stdlib", "text.txt")
+    ],
+    "solver": [{"solver": "wanda", "label": "Wanda"}, {"solver": "ria"}],
+}  # fmt: skip
+
+
+def test_a_short_file_means_the_same_units_as_the_long_one(tmp_path):
+    (tmp_path / "text.txt").write_text("words " * 100)
+    short, long = (
+        {unit.unit: (unit.spec, unit.limit) for unit in plan_units(parse_study(values, tmp_path))}
+        for values in (tomllib.loads(SHORT), LONG)
+    )
+    assert short == long
+    models = [spec["settings"] for spec, _ in short.values() if spec["kind"] == "model"]
+    assert {settings["samples"] for settings in models} == {4, 8, 16, 32}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("rows = 2", "row = 2", "key defaults.row: expected rows perhaps, found an unknown key"),
+        ("rows = 2", "seed = 2", "key defaults.seed: expected seeds of the study"),
+        ("length = 128", "length = []", "key defaults.length: expected one whole number"),
+        ("samples = 32", "samples = []", "key models.two.samples: expected at least one value"),
+        ("samples = 32", "sample = 32", "key models.two.sample: expected samples perhaps"),
+        ("samples = 32", 'solvers = ["no"]', "key models.two.solvers: expected labels of [[solver]]"),
+        ('model = ["demo", "two"]\ncal', "model = []\ncal", "key problem[0].model: expected at least one"),
+        ('["correlated", "rank-one"]', '["correlated", "best"]', "key problem[1].family: expected one of"),
+        ('objective = "drift=0.5"', 'objective = "best"', "key model[0].variants[0].objective:"),
+        ('objective = "drift=0.5"', "objectives = 1", "key model[0].variants[0].objectives: expected"),
+        ('solvers = ["Wanda"]\nv', "solver_s = []\nv", "key model[0].solver_s: expected solvers perhaps"),
+        ("variants = [", 'name = "x"\nvariants = [', "key model[0].name: expected one model where it has a"),
+        ("models.two]", "models.three]", "key model[1].calibration: expected a value, found none"),
+        ("[models.two]", "[models.x]\nmodel = 'a'\n[models.two]", "key models.x.model: expected an entry"),
+        ('model = "demo"\ncal', "cal", "key models.two.model: expected a value, found none"),
+        ('model = "two"\nsolvers', 'model = "two"\nvariants = []\nsolvers', "key model[1].variants: expec"),
+        ("[defaults]", "[[defaults]]", "key defaults: expected a table"),
+    ],
+)  # fmt: skip
+def test_what_a_short_file_has_wrong_is_named_where_it_stands(old, new, message):
+    assert SHORT.count(old) == 1
+    with pytest.raises(InputError) as error:
+        parse_study(tomllib.loads(SHORT.replace(old, new)))
+    assert message in str(error.value)
+
+
 def test_layers_of_a_model_are_looked_up_without_computing():
     values = {
         **SMALL,
