@@ -2,8 +2,9 @@
 
 ``G = X Xᵀ`` (cols, cols) holds all that the calibration data has to say about a layer (SparseSwaps,
 arXiv 2512.10922, section 3). When the layer sees the inputs ``X̂`` of an already pruned network
-while its target stays the dense one, the drift needs two more sums of the same shape:
-``X̂ (X - X̂)ᵀ`` and ``(X - X̂)(X - X̂)ᵀ``.
+while its target stays the dense one, the drift needs more sums: for all layers that share the input
+``X̂ (X - X̂)ᵀ`` and ``(X - X̂)(X - X̂)ᵀ``, of the same shape; or for one layer with few outputs ``X̂ Eᵀ`` and
+``E Eᵀ`` of what its outputs are missing, ``E = T - W X̂``, which are smaller.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ def _checked_semidefinite(matrix: Tensor) -> Tensor:
 
 
 class GramAccumulator:
-    """Sums ``X Xᵀ`` over batches of activations, and with ``drift`` the sums that drift needs.
+    """Sums ``X Xᵀ`` over batches of activations, and the sums that drift needs.
 
     Sums over a few tokens are in float32, those of all in float64 (see ``products``): activations of any
     dtype and range can neither overflow nor lose their small channels. Of symmetric sums only the upper
@@ -191,72 +192,75 @@ class GramAccumulator:
     Args:
         cols: input channels of the layer.
         device: where the sums are kept.
-        drift: also sum ``X̂ (X - X̂)ᵀ`` and ``(X - X̂)(X - X̂)ᵀ``.
-        residual: width of the residual stream whose loss ``s`` is summed as well, ``X̂ sᵀ``, ``(X - X̂) sᵀ``
-            and ``s sᵀ``; 0 for none. With drift only.
+        drift: also sum ``X̂ (X - X̂)ᵀ`` and ``(X - X̂)(X - X̂)ᵀ``, for any layer with this input.
+        missing: channels of ``E``, of which ``X̂ Eᵀ`` and ``E Eᵀ`` are summed; 0 for none, and with drift.
     """
 
     def __init__(
-        self, cols: int, device: torch.device | str = "cpu", drift: bool = False, residual: int = 0
+        self, cols: int, device: torch.device | str = "cpu", drift: bool = False, missing: int = 0
     ) -> None:
+        if drift and missing:
+            raise InvalidProblemError(
+                "an accumulator sums what inputs or what outputs have lost: expected one of drift and "
+                "missing, found both"
+            )
         self.tokens = 0
         self._sums = torch.zeros((3 if drift else 1, cols, cols), dtype=torch.float64, device=device)
         self._totals = torch.zeros(cols, dtype=torch.float64, device=device)  # Σ x̂ over tokens
-        # X̂ sᵀ above (X - X̂) sᵀ above s sᵀ
-        self._residual = torch.zeros(
-            (2 * cols + residual if residual else 0, residual), dtype=torch.float64, device=device
+        # X̂ Eᵀ above E Eᵀ
+        self._missing = torch.zeros(
+            (cols + missing if missing else 0, missing), dtype=torch.float64, device=device
         )
 
     @property
     def has_drift(self) -> bool:
-        """Whether the sums for drift are gathered."""
-        return len(self._sums) == 3
+        """Whether sums for drift are gathered, of either kind."""
+        return len(self._sums) == 3 or self.missing > 0
 
     @property
-    def has_residual(self) -> bool:
-        """Whether the sums for residual drift are gathered."""
-        return self._residual.numel() > 0
+    def missing(self) -> int:
+        """Channels of ``E``."""
+        return self._missing.shape[1]
 
     def update(
-        self, inputs: Tensor, dense_inputs: Tensor | None = None, residual_loss: Tensor | None = None
+        self, inputs: Tensor, dense_inputs: Tensor | None = None, missing: Tensor | None = None
     ) -> None:
         """Add a batch.
 
         Args:
             inputs: what the layer receives, ``X̂ᵀ`` (..., cols), any floating dtype.
             dense_inputs: what it receives in the dense model, ``Xᵀ``, same shape; with drift only.
-            residual_loss: ``s`` (..., residual), what the pruned stream has lost; with residual only.
+            missing: what its outputs are missing, ``Eᵀ`` (..., missing); with missing only.
 
         Raises:
-            InvalidProblemError: for a wrong width, NaN or Inf, or missing dense inputs.
+            InvalidProblemError: for a wrong width, NaN or Inf, or missing tensors.
         """
-        if self.has_drift != (dense_inputs is not None):
+        if (len(self._sums) == 3) != (dense_inputs is not None):
             raise InvalidProblemError(
                 "an accumulator with drift takes dense inputs beside the inputs, one without drift takes none"
             )
-        if self.has_residual != (residual_loss is not None):
+        if (self.missing > 0) != (missing is not None):
             raise InvalidProblemError(
-                "an accumulator with residual drift takes the residual stream's loss beside the inputs, "
-                "one without takes none"
+                "an accumulator of missing outputs takes them beside the inputs, one without takes none"
             )
-        cols, width = self._sums.shape[-1], self._residual.shape[-1]
+        cols = self._sums.shape[-1]
         rows = self._flatten(inputs, cols)
         if not len(rows):
             return
-        dense = stream = None
+        dense = absent = None
         if dense_inputs is not None:
             dense = self._flatten(dense_inputs, cols)
             self._same_tokens(rows, dense)
-        if residual_loss is not None:
-            stream = self._flatten(residual_loss, width)
-            self._same_tokens(rows, stream)
-        self._add(rows, dense, stream)
+        if missing is not None:
+            absent = self._flatten(missing, self.missing)
+            self._same_tokens(rows, absent)
+        self._add(rows, dense, absent)
 
-    def _add(self, rows: Tensor, dense: Tensor | None, stream: Tensor | None) -> None:
+    def _add(self, rows: Tensor, dense: Tensor | None, missing: Tensor | None) -> None:
         """Add tokens, in halves where memory is full."""
         products = Products(rows.device, is_half(rows))
         try:
-            parts = self._parts(products, rows, dense, stream)
+            parts = self._parts(products, rows, dense, missing)
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
@@ -264,7 +268,7 @@ class GramAccumulator:
         if not parts:
             torch.cuda.empty_cache()
             for half in (slice(None, len(rows) // 2), slice(len(rows) // 2, None)):
-                halves = (None if each is None else each[half] for each in (dense, stream))
+                halves = (None if each is None else each[half] for each in (dense, missing))
                 self._add(rows[half], *halves)
             return
         for piece in products.pieces(len(rows)):
@@ -274,7 +278,7 @@ class GramAccumulator:
         self.tokens += len(rows)
 
     def _parts(
-        self, products: Products, rows: Tensor, dense: Tensor | None, stream: Tensor | None
+        self, products: Products, rows: Tensor, dense: Tensor | None, missing: Tensor | None
     ) -> list[tuple[Tensor, Factor, Factor]]:
         """Which products are added to which sums, that of the inputs with themselves first."""
         cols = self._sums.shape[-1]
@@ -284,41 +288,35 @@ class GramAccumulator:
             lost = Factor.of(difference(dense, rows), present.half)
             factors.append(lost)
             parts += [(self._sums[1], present, lost), (self._sums[2], lost, lost)]
-            if stream is not None:
-                gone = Factor.of(stream, present.half)
-                factors.append(gone)
-                parts += [
-                    (self._residual[:cols], present, gone),
-                    (self._residual[cols : 2 * cols], lost, gone),
-                    (self._residual[2 * cols :], gone, gone),
-                ]
+        if missing is not None:
+            absent = Factor.of(missing, present.half)
+            factors.append(absent)
+            parts += [(self._missing[:cols], present, absent), (self._missing[cols:], absent, absent)]
         products.prepare(*factors)
         return parts
 
     def merge(self, other: GramAccumulator) -> None:
         """Add the sums of another accumulator, for instance of another process."""
-        if other._sums.shape != self._sums.shape or other._residual.shape != self._residual.shape:
+        if other._sums.shape != self._sums.shape or other._missing.shape != self._missing.shape:
             raise InvalidProblemError(
                 f"accumulators of one layer merge: expected sums of shape {tuple(self._sums.shape)}, "
                 f"found {tuple(other._sums.shape)}"
             )
         self._sums += other._sums.to(self._sums.device)
         self._totals += other._totals.to(self._totals.device)
-        self._residual += other._residual.to(self._residual.device)
+        self._missing += other._missing.to(self._missing.device)
         self.tokens += other.tokens
 
     def empty_like(self) -> GramAccumulator:
         """An accumulator of the same shape without any token."""
-        return GramAccumulator(
-            self._sums.shape[-1], self._sums.device, self.has_drift, self._residual.shape[-1]
-        )
+        return GramAccumulator(self._sums.shape[-1], self._sums.device, len(self._sums) == 3, self.missing)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Sums and token count as tensors, to be sent to another process."""
         return {
             "sums": self._sums,
             "totals": self._totals,
-            "residual": self._residual,
+            "missing": self._missing,
             "tokens": torch.tensor(self.tokens),
         }
 
@@ -326,10 +324,10 @@ class GramAccumulator:
     def from_state_dict(cls, state: dict[str, Tensor]) -> GramAccumulator:
         """The accumulator whose ``state_dict()`` this is."""
         sums = state["sums"]
-        accumulator = cls(sums.shape[-1], sums.device, len(sums) == 3, state["residual"].shape[-1])
+        accumulator = cls(sums.shape[-1], sums.device, len(sums) == 3, state["missing"].shape[-1])
         accumulator._sums = sums.clone()
         accumulator._totals = state["totals"].clone()
-        accumulator._residual = state["residual"].clone()
+        accumulator._missing = state["missing"].clone()
         accumulator.tokens = int(state["tokens"])
         return accumulator
 
@@ -347,18 +345,13 @@ class GramAccumulator:
         """``(X - X̂)(X - X̂)ᵀ`` (cols, cols), float64."""
         return mirrored(self._sums[2])
 
-    def residual_cross(self) -> Tensor:
-        """``X̂ sᵀ`` (cols, residual), float64."""
-        return self._residual[: self._sums.shape[-1]]
+    def missing_cross(self) -> Tensor:
+        """``X̂ Eᵀ`` (cols, missing), float64."""
+        return self._missing[: self._sums.shape[-1]]
 
-    def residual_lost(self) -> Tensor:
-        """``(X - X̂) sᵀ`` (cols, residual), float64."""
-        cols = self._sums.shape[-1]
-        return self._residual[cols : 2 * cols]
-
-    def residual(self) -> Tensor:
-        """``s sᵀ`` (residual, residual), float64."""
-        return mirrored(self._residual[2 * self._sums.shape[-1] :])
+    def missing_products(self) -> Tensor:
+        """``E Eᵀ`` (missing, missing), float64."""
+        return mirrored(self._missing[self._sums.shape[-1] :])
 
     def _require_tokens(self) -> None:
         if self.tokens == 0:

@@ -23,7 +23,7 @@ the output error. Rows are coupled then (see ``metric``); ``S = I`` is the paper
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -55,40 +55,45 @@ class Drift:
 
     @classmethod
     def from_sums(
-        cls,
-        weight: Tensor,
-        sums: GramAccumulator,
-        strength: float,
-        residual: float = 0.0,
-        covariance: bool = False,
+        cls, weight: Tensor, sums: GramAccumulator, strength: float, covariance: bool = False
     ) -> Drift:
         """Drift of ``weight`` (rows, cols) from an accumulator with drift.
 
         Args:
             weight: ``W`` (rows, cols).
-            sums: with drift, and with the residual stream's loss if ``residual`` is not 0.
+            sums: with drift.
             strength: α in [0, 1], how far the target moves to ``W X``.
-            residual: β in [0, 1], share of the residual stream's loss that the layer is to repair.
             covariance: whether the covariance across rows is computed too, for an output metric.
         """
-        for name, value in (("drift strength", strength), ("residual drift strength", residual)):
-            if not 0 <= value <= 1:
-                raise InvalidProblemError(f"{name} is a share: expected 0 to 1, found {value:g}")
+        _check_share("drift strength", strength)
         rows = weight.detach().to(sums.cross().device, torch.float64)
         linear = strength * (rows @ sums.cross().T)
         lost = strength**2 * (rows @ sums.lost())
-        mixed = strength * residual * (rows @ sums.residual_lost()) if residual else None
-        if residual:
-            linear += residual * sums.residual_cross().T
         if covariance:
             product = lost @ rows.T
-            if mixed is not None:
-                product += mixed + mixed.T + residual**2 * sums.residual()
             return cls(linear, product.diagonal().clamp_min(0).clone(), product)
-        constant = (lost * rows).sum(1)
-        if mixed is not None:
-            constant += 2 * mixed.diagonal() + residual**2 * sums.residual().diagonal()
-        return cls(linear, constant.clamp_min(0))
+        return cls(linear, (lost * rows).sum(1).clamp_min(0))
+
+    @classmethod
+    def from_missing(
+        cls, sums: GramAccumulator, strengths: Sequence[float], covariance: bool = False
+    ) -> Drift:
+        """Drift from an accumulator of what the outputs are missing, ``E = Σ_p s_p E_p``.
+
+        Args:
+            sums: of the parts ``E_p`` below each other (parts * rows channels).
+            strengths: ``s_p`` in [0, 1] of each part.
+            covariance: whether the covariance across rows is kept too, for an output metric.
+        """
+        for strength in strengths:
+            _check_share("drift strength", strength)
+        rows = sums.missing // len(strengths)
+        of_parts = torch.tensor(strengths, dtype=torch.float64, device=sums.missing_cross().device)
+        linear = torch.einsum("p,cpr->rc", of_parts, sums.missing_cross().view(-1, len(strengths), rows))
+        products = sums.missing_products().view(len(strengths), rows, len(strengths), rows)
+        product = torch.einsum("p,q,prqs->rs", of_parts, of_parts, products)
+        constant = product.diagonal().clamp_min(0).clone()
+        return cls(linear.contiguous(), constant, product if covariance else None)
 
     @classmethod
     def from_target(cls, weight: Tensor, inputs: Tensor, target: Tensor) -> Drift:
@@ -101,6 +106,11 @@ class Drift:
         """The drift of some rows."""
         covariance = None if self.covariance is None else self.covariance[rows][:, rows]
         return Drift(self.linear[rows], self.constant[rows], covariance)
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise InvalidProblemError(f"{name} is a share: expected 0 to 1, found {value:g}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,6 +305,15 @@ class LayerProblem:
                 error += 2 * (self.drift.linear[rows] * lost).sum(1) + self.drift.constant[rows]
             errors[rows] = error
         return errors.clamp_min_(0)  # a squared norm; rounding may say a little less
+
+    def without_drift(self, errors: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
+        """``‖(W - Ŵ) X̂‖²`` of each row (rows,) from its ``errors`` with drift, of the same mask."""
+        if self.drift is None:
+            return errors
+        plain = errors - self.drift.constant
+        for rows, lost in self._lost_weight(mask, weight):
+            plain[rows] -= 2 * (self.drift.linear[rows] * lost).sum(1)
+        return plain.clamp_min_(0)
 
     def output_error(self, mask: Tensor, weight: Tensor | None = None) -> Tensor:
         """``E Eᵀ`` (rows, rows) of the output error ``E = T - Ŵ X̂`` under ``mask``, float64."""

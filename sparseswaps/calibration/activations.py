@@ -28,6 +28,9 @@ Observer = Callable[[PrunableLayer, Tensor], None]
 # What is made of the output of a finished block, of that number, where the model reads it again.
 Given = Callable[[int, Any], Any]
 
+# Tokens of a window that show how blocks depend on each other.
+PROBE_TOKENS = 128
+
 
 class _Stop(Exception):  # noqa: N818  (control flow, not an error)
     """Everything that was wanted from this forward has been seen."""
@@ -259,12 +262,15 @@ def until_head(model: nn.Module) -> Iterator[list[Tensor]]:
 def can_skip(model: nn.Module, blocks: Sequence[Block], windows: Samples) -> bool:
     """Whether blocks depend on earlier ones only through what those return.
 
-    Two windows go through the model as it is and, in turns, block by block; the last block of each stack must
-    return the same, up to the rounding of its dtype. Models that hand something else from block to block
-    (keys and values shared between layers, a state of a module) do not: they find what the other window has
-    left there, or nothing.
+    Two windows, short ones if they are of tokens, go through the model as it is and, in turns, block by
+    block; the last block of each stack must return the same, up to the rounding of its dtype. Models that
+    hand something else from block to block (keys and values shared between layers, a state of a module) do
+    not: they find what the other window has left there, or nothing.
     """
-    batches = windows[:2].split(1)
+    windows = windows[:2]
+    if isinstance(windows, Tensor):
+        windows = windows[:, :PROBE_TOKENS]
+    batches = windows.split(1)
     ends: dict[tuple[int, int], Any] = {}
     last = {block.stack: block.module for block in blocks}
     called: set[nn.Module] = set()
@@ -280,7 +286,7 @@ def can_skip(model: nn.Module, blocks: Sequence[Block], windows: Samples) -> boo
                 model(**forward_inputs(model, window.to(device)))
     if any(block.module not in called and called.intersection(_modules_of(block)) for block in blocks):
         return False  # the model calls what is inside of a block and not the block
-    stream = Stream(model, blocks, windows[:2], 1)
+    stream = Stream(model, blocks, windows, 1)
     try:
         for _ in blocks:
             for number in range(len(batches)):

@@ -27,6 +27,7 @@ from .experts import is_expert
 from .settled import Settled
 from .steps import Step, residual_writers, steps_of
 from .store import TensorStore
+from .targets import Target
 
 # Tokens per forward call: enough to keep a processor busy, few enough for its memory.
 TOKENS_PER_BATCH = 8192
@@ -61,6 +62,7 @@ class Flow:
         probe: of the pruned network on one window, which shows how a block's layers depend on each other.
         seen: what the dense network's layers of the current block receive, of batches that went through it.
         settled: what the pruned network's final layers of the current block return.
+        target: what layers are fitted to where the dense network travels beside.
         parts: groups of batches.
         ranks: the processes; group ``i`` belongs to rank ``i`` modulo their number.
     """
@@ -70,6 +72,7 @@ class Flow:
     probe: Stream
     seen: Seen
     settled: Settled
+    target: Target | None
     parts: tuple[range, ...]
     ranks: Ranks
 
@@ -80,7 +83,7 @@ class Flow:
         blocks: Sequence[Block],
         windows: Samples,
         skip: bool,
-        dense: bool,
+        target: Target | None,
         ranks: Ranks,
         store: TensorStore,
     ) -> Flow:
@@ -91,7 +94,8 @@ class Flow:
             blocks: from ``find_blocks``.
             windows: token windows.
             skip: whether finished blocks can be skipped (``can_skip``).
-            dense: whether the dense network's activations travel beside the pruned one's.
+            target: what layers are fitted to, for which the dense network's activations travel beside the
+                pruned one's; None for the pruned network's alone.
             ranks: the processes.
             store: whose siblings keep the activations.
         """
@@ -101,10 +105,11 @@ class Flow:
         ends = [i * len(pruned) // count for i in range(count + 1)]
         return cls(
             pruned,
-            Stream(model, blocks, windows, size, skip, store.sibling()) if dense else None,
+            Stream(model, blocks, windows, size, skip, store.sibling()) if target else None,
             Stream(model, blocks, windows[:1], 1, skip, store.sibling()),
             Seen(store.sibling()),
             Settled(store.sibling()),
+            target,
             tuple(range(first, last) for first, last in pairwise(ends)),
             ranks,
         )
@@ -316,16 +321,8 @@ def _add_part(
 
 def _empty_sums(flow: Flow, step: Step, writers: Sequence[PrunableLayer]) -> dict[str, GramAccumulator]:
     alone = _alone(step, writers)
-    sums = {}
-    for group in step.inputs:
-        layer = group[0]
-        # a router may send a token to other experts than in the dense model: no drift there
-        with_drift = flow.dense is not None and not is_expert(layer)
-        rows, cols = layer.weight.shape
-        sums[layer.name] = GramAccumulator(
-            cols, layer.weight.device, with_drift, rows if layer in alone else 0
-        )
-    return sums
+    target = flow.target or Target(0.0, 0.0)
+    return {group[0].name: target.sums(group, group[0] in alone) for group in step.inputs}
 
 
 def _alone(step: Step, writers: Sequence[PrunableLayer]) -> list[PrunableLayer]:
@@ -361,8 +358,15 @@ def _observe_batch(
         if not waiting.get(layer.name):
             return
         found = waiting[layer.name].pop(0)
-        if sums[layer.name].has_residual:
+        if layer in alone:
             pairs[layer.name] = found, inputs
+        else:
+            add(layer, found, inputs)
+
+    def add(layer: PrunableLayer, found: Tensor, inputs: Tensor, loss: Tensor | None = None) -> None:
+        if flow.target is not None and sums[layer.name].missing:
+            missing = flow.target.missing(dense[layer.name], inputs, found, loss)
+            add_inputs(sums[layer.name], layer, found, missing=missing)
         else:
             add_inputs(sums[layer.name], layer, found, inputs)
 
@@ -371,7 +375,7 @@ def _observe_batch(
 
     def pair_stream(layer: PrunableLayer, stream: Tensor) -> None:
         found, inputs = pairs.pop(layer.name)
-        add_inputs(sums[layer.name], layer, found, inputs, stream_loss(stream, streams.pop(layer.name)))
+        add(layer, found, inputs, stream_loss(stream, streams.pop(layer.name)))
 
     flow.observe(batch, step, observe, advance, alone, keep_stream)
     if flow.dense is None:
@@ -411,11 +415,11 @@ def add_inputs(
     layer: PrunableLayer,
     inputs: Tensor,
     dense_inputs: Tensor | None = None,
-    residual_loss: Tensor | None = None,
+    missing: Tensor | None = None,
 ) -> None:
     """Add a batch to the sums of ``layer``, whose name an error then says."""
     try:
-        sums.update(inputs, dense_inputs, residual_loss)
+        sums.update(inputs, dense_inputs, missing)
     except InvalidProblemError as error:
         raise InvalidModelError(f"inputs of layer {layer.name}: {error}") from error
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..calibration.activations import blocks_as_used
+from ..calibration.activations import blocks_as_used, can_skip
 from ..calibration.features import check_forward
 from ..calibration.windows import (
     Windows,
@@ -52,6 +52,7 @@ class Inputs:
         calibration, evaluation: windows; no evaluation is None.
         device: where it computes.
         activation_limit: bytes of activations in main memory, or None.
+        skip: whether blocks depend on earlier ones only through what those return (``can_skip``).
         activation_room: bytes of activations that stay on the device.
     """
 
@@ -62,6 +63,7 @@ class Inputs:
     evaluation: Windows | None
     device: torch.device
     activation_limit: int | None
+    skip: bool
     activation_room: int = 0
 
     @property
@@ -165,8 +167,10 @@ def gather_inputs(
         beginning, asked.add_bos, (calibration, evaluation), lambda bos: _windows(loaded, asked, bos)
     )
     asked = replace(asked, add_bos=beginning.add_bos)
-    settings = with_drift_that_works(loaded.model, blocks, asked, calibration.tokens, machine.ranks)
-    return Inputs(settings, loaded, blocks, calibration, evaluation, target, limit, needs.activation_room)
+    skip = machine.ranks.from_first(lambda: can_skip(loaded.model, blocks, calibration.tokens))
+    settings = with_drift_that_works(loaded.model, asked, skip, machine.ranks)
+    room = needs.activation_room
+    return Inputs(settings, loaded, blocks, calibration, evaluation, target, limit, skip, room)
 
 
 def _windows(shapes: LoadedModel, settings: PruneSettings, bos: bool) -> tuple[Windows, Windows | None]:

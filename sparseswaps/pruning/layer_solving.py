@@ -12,7 +12,7 @@ from ..calibration.experts import all_tokens, fallback_gram, least_tokens
 from ..errors import InputError, InvalidModelError
 from ..masks.packing import pack_mask, weight_bytes
 from ..models.blocks import Block, PrunableLayer
-from ..problems import Drift, Gram, GramAccumulator, LayerProblem, output_metric
+from ..problems import Gram, GramAccumulator, LayerProblem, output_metric
 from ..problems.pattern import Pattern, PatternRule
 from ..ranks import Ranks
 from ..records.run import DENSE, LayerRecord
@@ -141,6 +141,8 @@ class LayerSolving:
             held_out = replace(problem, gram=held_out_sums.gram(), drift=None, metric=None)
         rows = self.ranks.rows(problem.rows) if solved.shared else slice(0, problem.rows)
         weight = None if solution.weight is None else solution.weight[rows]
+        # otherwise ``solve`` has found these errors already, but for the drift
+        apart = problem.metric is not None or problem.gram is not solved.plain.gram
 
         def of_rows(whole: LayerProblem) -> list[Tensor]:
             part = whole.slice_rows(rows)
@@ -150,16 +152,18 @@ class LayerSolving:
                 part.row_objectives(solution.mask[rows], weight),
             ]
 
+        def without_drift() -> list[Tensor]:
+            part = problem.slice_rows(rows)
+            return [
+                part.output_norms(),
+                part.without_drift(warm.row_objectives[rows], warm.mask[rows]),
+                part.without_drift(solution.row_objectives[rows], solution.mask[rows], weight),
+            ]
+
         def compute() -> Tensor:
             if rows.start == rows.stop:
                 return torch.zeros((0, 6), dtype=torch.float64)
-            known = solved.plain is problem  # then ``solve`` has found these errors already
-            plain = problem.slice_rows(rows) if known else None
-            columns = (
-                of_rows(solved.plain)
-                if plain is None
-                else [plain.output_norms(), warm.row_objectives[rows], solution.row_objectives[rows]]
-            )
+            columns = of_rows(solved.plain) if apart else without_drift()
             columns += [torch.zeros_like(columns[0])] * 3 if held_out is None else of_rows(held_out)
             return torch.stack(columns, dim=1).cpu()
 
@@ -234,14 +238,9 @@ class LayerSolving:
             metric = output_metric(moment.to(weight.device), self.objective.damping)
         elif self.objective.metric:
             fallback = "no gradient reaches the layer's output: no output metric"
-        if sums.has_drift:
-            drift = Drift.from_sums(
-                weight,
-                sums,
-                strength,
-                self.objective.residual if sums.has_residual else 0.0,
-                covariance=metric is not None,
-            )
+        target = self.objective.target
+        if target is not None and sums.has_drift:
+            drift = target.drift_of(weight, sums, strength, covariance=metric is not None)
         problem = LayerProblem(
             weight, own.shrunk(self.objective.shrinkage), pattern, drift, metric, layer.name
         )

@@ -25,6 +25,7 @@ from torch import nn
 from ..calibration.gathering import batch_size_for, flow_batch_size, gradient_batch_size_for
 from ..calibration.gradients import HISTORY_BYTES, MOMENT_BYTES, moment_bytes, moment_groups
 from ..calibration.logits import slice_tokens, whole_windows
+from ..calibration.targets import are_of_outputs
 from ..errors import InputError
 from ..evaluation.measures import evaluation_batch_size, is_causal
 from ..machine import available_memory, duration, resident_memory, size
@@ -47,8 +48,9 @@ EVALUATION_BYTES, GRADIENT_BYTES, DIVERGENCE_BYTES = 8, 16, 32
 KERNEL_BYTES, KERNEL_ROWS, ERROR_BYTES = 22, 4096, 24
 # Per token and channel of a layer with drift: inputs of both models, their difference, one of them in range.
 DRIFT_BYTES = 16
-# Per token and channel of the residual stream: both streams, both in float64, their product and what is lost.
-RESIDUAL_BYTES = 36
+# Per token and channel of the residual stream: both streams, both in float64, their product, what is lost and
+# what outputs are missing, as it is and in range.
+RESIDUAL_BYTES = 44
 # Per token and channel of each on a device: parts in half precision, and what is left of the last of them.
 PARTS_BYTES = 10
 # Share of the device's free memory in which activations stay, where all else leaves it.
@@ -60,8 +62,8 @@ COMPILER_BYTES = 150 * 10**6
 # Freed memory between other pieces that the C library keeps: this share of what is computed, until that is in
 # pieces of more than 32 MiB, which it gives back.
 KEPT_SHARE, MOST_KEPT = 0.25, 1 << 28
-# A forward pass to step k of n runs the block up to there; then once more, to advance.
-PASSES = 3.5
+# What a pass of the pruned network runs again, where outputs of modules that are final are not kept.
+PASSES = 1.5
 
 
 @dataclass(frozen=True)
@@ -332,8 +334,9 @@ class _Stages:
         return min(HISTORY_BYTES, len(self.blocks) * self._states(len(self.windows))) * 3 // 2
 
     def _activations(self) -> int:
-        streams = len({block.stack for block in self.blocks}) * (2 if self.work.drift else 1)
-        return self._states(len(self.windows) + self.work.held_out) * streams // self.ranks
+        stacks = len({block.stack for block in self.blocks})
+        streams = len(self.windows) * (2 if self.work.drift else 1) + self.work.held_out
+        return self._states(streams) * stacks // self.ranks
 
     def _moments(self) -> tuple[int, int]:
         """Second moments of all layers, and the largest group of them that is gathered at a time."""
@@ -395,12 +398,14 @@ class _Stages:
             _sum_entries(block.layers, work.one_shot, work.drift, self.stream) for block in self.blocks
         )
         # sums of a part beside those of all parts, and calibration sums beside those of held-out text
-        gathering = 2 * sums + self._gathering(flow_batch_size(len(self.windows), self._length), cols)
+        windows = flow_batch_size(len(self.windows), self._length)
+        gathering = 2 * sums + self._gathering(windows, cols, work.drift)
         solving = sums
         if work.held_out:
+            plain = 8 * max(_sum_entries(block.layers, work.one_shot, False, 0) for block in self.blocks)
             windows = flow_batch_size(work.held_out, self._length)
-            gathering = max(gathering, 3 * sums + self._gathering(windows, cols))
-            solving = 2 * sums
+            gathering = max(gathering, sums + 2 * plain + self._gathering(windows, cols, drift=False))
+            solving += plain
         solving += GRAM_BYTES * cols**2 + SEARCH_BYTES * rows * cols // self.ranks
         if self.on_device:
             solving += cols * (KERNEL_BYTES * min(rows, KERNEL_ROWS) + ERROR_BYTES * min(rows, ROW_CHUNK))
@@ -414,16 +419,16 @@ class _Stages:
         kept = self._kept(self._activations() - self.resident + moments) + outputs
         return kept, max(gathering, solving) + 2 * weights
 
-    def _gathering(self, windows: int, cols: int) -> int:
+    def _gathering(self, windows: int, cols: int, drift: bool) -> int:
         """Beside sums, a pass over so many windows that adds to those of a layer of ``cols`` channels."""
         tokens = windows * self._length
         parts = PARTS_BYTES if self.on_device else 0
         channels = cols * (DRIFT_BYTES + parts) + self.stream * (RESIDUAL_BYTES + parts)
-        drift = tokens * channels if self.work.drift else 0
+        beside = tokens * channels if drift else 0
         if not self.on_device:
-            return self._forward(windows) + drift
-        ahead = self._states(windows) * (2 if self.work.drift else 1)
-        return self._forward(windows) + drift + ahead + device_buffers(max(cols, self.stream))
+            return self._forward(windows) + beside
+        ahead = self._states(windows) * (2 if drift else 1)
+        return self._forward(windows) + beside + ahead + device_buffers(max(cols, self.stream))
 
     def _refining(self) -> tuple[int, int]:
         total = sum(moment_bytes(block) for block in self.blocks)
@@ -466,10 +471,11 @@ def _groups(layers: Sequence[PrunableLayer]) -> dict[tuple[int, int, int | None]
 
 
 def _sum_sizes(layer: PrunableLayer, drift: bool, stream: int) -> int:
-    """Entries of the sums of a layer's inputs, with residual ones if it is as high as the stream."""
+    """Entries of the sums of a layer's inputs, those for drift with them (see ``calibration.targets``)."""
     rows, cols = layer.weight.shape
-    residual = (2 * cols + stream) * stream if rows == stream else 0
-    return (3 if drift else 1) * cols**2 + residual
+    if drift and (rows == stream or are_of_outputs(rows, cols)):
+        return cols**2 + (cols + rows) * rows
+    return (3 if drift else 1) * cols**2
 
 
 def _sum_entries(layers: Sequence[PrunableLayer], one_shot: bool, drift: bool, stream: int) -> int:
@@ -490,7 +496,7 @@ def _flops(layers: Sequence[PrunableLayer], tokens: int, drift: bool, stream: in
     total = 0.0
     for layer in layers:
         rows, cols = layer.weight.shape
-        total += PASSES * (2 if drift else 1) * 2 * rows * cols * tokens / ranks
+        total += (PASSES + (1 if drift else 0)) * 2 * rows * cols * tokens / ranks
         total += 2 * 3 * 2 * rows * cols**2 / ranks  # three products in float64, each worth two in float32
     for layer in _groups(layers).values():
         total += 2 * _sum_sizes(layer, drift, stream) * tokens / ranks

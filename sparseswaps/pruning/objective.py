@@ -21,6 +21,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from ..calibration.targets import Target
 from ..errors import InputError
 from ..problems.metric import DAMPING
 
@@ -104,6 +105,13 @@ class Objective:
     def strengths(self) -> tuple[float, ...]:
         """Strengths of the drift to choose from."""
         return AUTO_DRIFT if self.drift == AUTO else (self.drift,)
+
+    @property
+    def target(self) -> Target | None:
+        """What layers are fitted to, None for their own outputs ``W X̂``."""
+        if not self.needs_dense_stream:
+            return None
+        return Target(None if self.drift == AUTO else self.drift, self.residual)
 
     def __str__(self) -> str:
         parts = []

@@ -27,6 +27,7 @@ from ..calibration.gathering import Flow, add_inputs, batch_size_for, gather, gr
 from ..calibration.gradients import Moments
 from ..calibration.steps import Step, steps_of, used_without_call
 from ..calibration.store import TensorStore
+from ..calibration.targets import Target
 from ..errors import InputError, InvalidModelError
 from ..masks.packing import PackedMasks, masked, unpack_bytes, weight_from
 from ..models.blocks import Block, PrunableLayer
@@ -60,6 +61,7 @@ class RunContext:
         residence: where the blocks' weights are; in the model by default.
         on_layer: called on the first rank with each layer's problem and solution, before it is applied.
         dtypes: in which layers' weights are saved, by name; that of the model by default.
+        skip: whether blocks depend on earlier ones only through what those return; None to find out.
     """
 
     record: RunDatabase = field(default_factory=lambda: RunDatabase(None))
@@ -69,6 +71,7 @@ class RunContext:
     residence: Residence = field(default_factory=Residence)
     on_layer: OnLayer | None = None
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    skip: bool | None = None
 
 
 def prune_layers(
@@ -106,7 +109,10 @@ def prune_layers(
     context = context or RunContext()
     blocks = blocks_as_used(model, blocks, calibration)
     given = PruneSettings(PatternRule.parse(settings)) if isinstance(settings, str) else settings
-    settings = with_drift_that_works(model, blocks, given, calibration, context.ranks)
+    skip = context.skip
+    if skip is None:
+        skip = context.ranks.from_first(lambda: can_skip(model, blocks, calibration))
+    settings = with_drift_that_works(model, given, skip, context.ranks)
     known = patterns_of(blocks, settings.pattern if patterns is None else patterns)
     check_options(settings, known.values())
     layers = [layer for block in blocks for layer in block.layers]
@@ -118,7 +124,7 @@ def prune_layers(
             model,
             blocks,
             LayerSolving(settings, known, masks, context.ranks, context.dtypes),
-            replace(context, record=database),
+            replace(context, record=database, skip=skip),
             sum(layer.weight.numel() for layer in layers),
         )
         job.run(calibration, held_out)
@@ -138,7 +144,7 @@ def with_stated_drifts(settings: PruneSettings) -> PruneSettings:
 
 
 def with_drift_that_works(
-    model: nn.Module, blocks: Sequence[Block], settings: PruneSettings, windows: Samples, ranks: Ranks
+    model: nn.Module, settings: PruneSettings, skip: bool, ranks: Ranks
 ) -> PruneSettings:
     """``with_stated_drifts``, without those that nobody asked for where the model's blocks do not allow them.
 
@@ -147,7 +153,7 @@ def with_drift_that_works(
     stated = with_stated_drifts(settings)
     if not settings.objective.is_default or not stated.objective.needs_dense_stream:
         return stated
-    if ranks.from_first(lambda: can_skip(model, blocks, windows)):
+    if skip:
         return stated
     objective = settings.objective.resolved(search=False)
     if ranks.first:
@@ -318,7 +324,7 @@ class _Job:
         return self.context.record
 
     def run(self, calibration: Samples, held_out: Samples | None) -> None:
-        skip = self.ranks.from_first(lambda: can_skip(self.model, self.blocks, calibration))
+        skip = bool(self.context.skip)
         if self.objective.needs_dense_stream and not skip:
             raise InvalidModelError(
                 f"{type(self.model).__name__}: expected blocks that depend on earlier ones only through "
@@ -339,9 +345,11 @@ class _Job:
         outputs = None
         if len(self.objective.strengths()) > 1 and self.ranks.first:
             outputs = DenseOutputs(self.model, checks, batch_size_for(checks.shape[1]))
-        flow = self._flow(calibration, skip)
-        held_out_flow = None if held_out is None else self._flow(held_out, skip)
-        check_flow = self._flow(checks, skip) if self.objective.held_out else None
+        target = self.objective.target
+        flow = self._flow(calibration, skip, target)
+        # of held-out text the paper's error is measured, which knows no drift
+        held_out_flow = None if held_out is None else self._flow(held_out, skip, None)
+        check_flow = self._flow(checks, skip, target) if self.objective.held_out else None
         wanted = [number for number, block in enumerate(self.blocks) if block.layers]
         for block in self.blocks[: max(wanted, default=-1) + 1]:
             with self.context.residence.resident(block):
@@ -403,9 +411,8 @@ class _Job:
             return set()
         return self.ranks.from_first(lambda: used_without_call(flow.probe, silent))
 
-    def _flow(self, windows: Samples, skip: bool) -> Flow:
-        dense = self.objective.needs_dense_stream
-        return Flow.of(self.model, self.blocks, windows, skip, dense, self.ranks, self.context.store)
+    def _flow(self, windows: Samples, skip: bool, target: Target | None) -> Flow:
+        return Flow.of(self.model, self.blocks, windows, skip, target, self.ranks, self.context.store)
 
     def _prune_group(
         self,

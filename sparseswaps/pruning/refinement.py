@@ -219,8 +219,8 @@ class _Refiner:
     progress: Progress
 
     def run(self, passes: int) -> tuple[dict[str, Tensor], Refinement]:
-        groups = self._groups()
         skip = can_skip(self.model, self.blocks, self.calibration)
+        groups = self._groups(skip)
         finished = {step.position for step in self.record.refinement() if step.last}
         loss = self.dense.total(self.model)
         over_masks = passes
@@ -266,9 +266,8 @@ class _Refiner:
             self._apply(layer, *now[layer.name])
         return moments
 
-    def _groups(self) -> list[tuple[int, list[PrunableLayer]]]:
+    def _groups(self, skip: bool) -> list[tuple[int, list[PrunableLayer]]]:
         """Layers that share an input with the number of their block, in the order of a forward pass."""
-        skip = can_skip(self.model, self.blocks, self.calibration)
         stream = Stream(self.model, self.blocks, self.calibration[:1], 1, skip)
         groups: list[tuple[int, list[PrunableLayer]]] = []
         for number, block in enumerate(self.blocks):

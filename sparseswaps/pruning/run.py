@@ -21,6 +21,7 @@ from ..calibration.dense_outputs import DenseOutputs
 from ..calibration.gathering import gradient_batch_size_for
 from ..calibration.store import TensorStore
 from ..errors import InputError
+from ..evaluation.known import KnownPerplexities
 from ..evaluation.measures import compared_output, is_causal, mean_cosine
 from ..evaluation.quality import model_embeddings, model_perplexity
 from ..machine import peak_memory_mb, versions
@@ -99,9 +100,8 @@ def prune(
             ranks.from_first(lambda: stack.enter_context(claimed(folder, resume)))
         inputs = gather_inputs(model, settings, machine, announce, saved=folder is not None)
         dense = dense_weights(inputs.model, inputs.layers)
-        record = stack.enter_context(
-            run_record(folder if ranks.first else None, _identity(inputs, dense), resume)
-        )
+        identity = _identity(inputs, dense)
+        record = stack.enter_context(run_record(folder if ranks.first else None, identity, resume))
         loaded = inputs.model
         context = RunContext(
             record,
@@ -111,8 +111,9 @@ def prune(
             loaded.residence,
             on_layer,
             {layer.name: loaded.dtypes[layer.parameter_name] for layer in inputs.layers},
+            inputs.skip,
         )
-        return _run(inputs, dense, context, folder, begin)
+        return _run(inputs, dense, identity, context, folder, begin)
 
 
 def _activation_store(inputs: Inputs) -> TensorStore:
@@ -124,14 +125,19 @@ def _activation_store(inputs: Inputs) -> TensorStore:
 
 
 def _run(
-    inputs: Inputs, dense: Mapping[str, Tensor], context: RunContext, folder: Path | None, begin: float
+    inputs: Inputs,
+    dense: Mapping[str, Tensor],
+    identity: Mapping[str, Any],
+    context: RunContext,
+    folder: Path | None,
+    begin: float,
 ) -> PruneReport:
     """Measure, prune, measure again, save; the first rank's report on every rank."""
     ranks, record, settings = context.ranks, context.record, inputs.settings
     refined = bool(settings.refine)
     left_dense = passed_over(inputs.blocks, settings.include, settings.exclude)
     record.set({"left_dense": left_dense, "versions": versions()})
-    before = _quality(inputs, "dense", context)
+    before = _dense_quality(inputs, identity, context)
     found = _prune(inputs, dense, context)
     after = _Quality()
     if ranks.first or not refined:  # only the first rank has the refined model
@@ -291,6 +297,25 @@ class _Quality:
         if self.embeddings is None or dense.embeddings is None:
             return None
         return mean_cosine(self.embeddings, dense.embeddings)
+
+
+# Of what has to be the same when a run is resumed, what the dense model's perplexity depends on.
+_OF_DENSE = ("weights", "checkpoint", "state", "evaluation", "layers", "device", "dtype")
+
+
+def _dense_quality(inputs: Inputs, identity: Mapping[str, Any], context: RunContext) -> _Quality:
+    """Of the dense model; the perplexity that an earlier run has measured is not measured again."""
+    facts = {name: identity[name] for name in _OF_DENSE} | {"versions": versions()}
+    known = KnownPerplexities()
+    found = context.ranks.from_first(lambda: known.get(facts))
+    if found is not None:
+        context.progress.stage("dense perplexity, as measured before", 1, 1)
+        context.record.set({"dense_measured_before": True})
+        return _Quality(perplexity=found)
+    quality = _quality(inputs, "dense", context)
+    if quality.perplexity is not None and context.ranks.first:
+        known.put(facts, quality.perplexity)
+    return quality
 
 
 def _quality(inputs: Inputs, which: str, context: RunContext) -> _Quality:

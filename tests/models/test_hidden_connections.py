@@ -16,6 +16,7 @@ from sparseswaps.calibration.activations import Stream, can_skip
 from sparseswaps.calibration.gathering import Flow, gather
 from sparseswaps.calibration.steps import steps_of
 from sparseswaps.calibration.store import TensorStore
+from sparseswaps.calibration.targets import Target
 from sparseswaps.calibration.windows import Windows
 from sparseswaps.models.blocks import find_blocks
 from sparseswaps.ranks import Ranks
@@ -178,12 +179,12 @@ def test_layers_that_are_called_twice_are_seen_twice() -> None:
         handle.remove()
     assert any(len(each) > 1 for each in calls.values())
     dense = {layer.name: layer.weight.clone() for layer in block.layers}
-    for drift in (False, True):
-        flow = Flow.of(model, blocks, tokens, True, drift, Ranks(), TensorStore())
+    for target in (None, Target(0.75, 0.5)):
+        flow = Flow.of(model, blocks, tokens, True, target, Ranks(), TensorStore())
         for step in flow.steps():
             for name, sums in gather(flow, block, step, dense, False, ()).items():
                 inputs = torch.cat(calls[name])
-                assert sums.tokens == len(inputs), (name, drift)
+                assert sums.tokens == len(inputs), (name, target)
                 torch.testing.assert_close(sums.gram().matrix, inputs.T @ inputs, rtol=1e-5, atol=1e-5)
     assert any(not step.once for step in steps_of(Stream(model, blocks, tokens, 4)))
 
@@ -193,7 +194,7 @@ def test_experts_that_are_modules_have_no_drift() -> None:
     model = build("switch_transformers")
     blocks = find_blocks(model)
     tokens = windows(4)
-    flow = Flow.of(model, blocks, tokens, True, True, Ranks(), TensorStore())
+    flow = Flow.of(model, blocks, tokens, True, Target(0.75, 0.5), Ranks(), TensorStore())
     dense = {layer.name: layer.weight.clone() for layer in blocks[0].layers}
     found = {}
     for step in flow.steps():

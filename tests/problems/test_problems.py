@@ -143,19 +143,20 @@ def test_sums_of_wide_layers_are_those_of_float64(spread: int) -> None:
         return torch.randn((1500, cols), generator=generator, dtype=torch.float64) * scale
 
     inputs, dense, stream = drawn(900), drawn(900), drawn(500)
-    sums = ss.GramAccumulator(900, drift=True, residual=500)
-    sums.update(inputs[:0], dense[:0], stream[:0])  # an expert may receive no token
+    sums, outputs = ss.GramAccumulator(900, drift=True), ss.GramAccumulator(900, missing=500)
+    sums.update(inputs[:0], dense[:0])  # an expert may receive no token
     for part in (slice(0, 1400), slice(1400, None)):
-        sums.update(inputs[part], dense[part], stream[part])
+        sums.update(inputs[part], dense[part])
+        outputs.update(inputs[part], missing=stream[part])
     lost = dense - inputs
     assert sums.tokens == 1500
     for found, left, right in [
         (sums.gram().matrix, inputs, inputs),
         (sums.cross(), inputs, lost),
         (sums.lost(), lost, lost),
-        (sums.residual_cross(), inputs, stream),
-        (sums.residual_lost(), lost, stream),
-        (sums.residual(), stream, stream),
+        (outputs.gram().matrix, inputs, inputs),
+        (outputs.missing_cross(), inputs, stream),
+        (outputs.missing_products(), stream, stream),
     ]:
         # float32 sums of at most 1,024 terms: 1e-6 of the sum of their sizes
         allowed = 1e-6 * (left.abs().T @ right.abs())
@@ -246,7 +247,11 @@ def test_drift_strength_moves_the_target() -> None:
         )
         target = weight @ (inputs + strength * (dense - inputs)).T
         raw = ((target - (weight * mask) @ inputs.T) ** 2).sum(1)
-        torch.testing.assert_close(problem.row_objectives(mask), raw, rtol=1e-5, atol=1e-6)
+        errors = problem.row_objectives(mask)
+        torch.testing.assert_close(errors, raw, rtol=1e-5, atol=1e-6)
+        plain = ((weight * ~mask @ inputs.T) ** 2).sum(1)
+        # float32 products in the Gram matrix
+        torch.testing.assert_close(problem.without_drift(errors, mask), plain, rtol=1e-5, atol=1e-6)
     with pytest.raises(ss.InvalidProblemError, match="expected 0 to 1, found 2"):
         ss.Drift.from_sums(weight, sums, 2.0)
 

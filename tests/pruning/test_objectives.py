@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from torch import nn
 
 import sparseswaps as ss
 from sparseswaps.calibration.activations import Stream, can_skip
@@ -18,7 +19,8 @@ from sparseswaps.calibration.gathering import stream_loss
 from sparseswaps.calibration.gradients import Moments, gradient_moments, moment_bytes, moment_groups
 from sparseswaps.calibration.steps import residual_writers
 from sparseswaps.calibration.store import TensorStore
-from sparseswaps.models.blocks import find_blocks
+from sparseswaps.calibration.targets import Target
+from sparseswaps.models.blocks import PrunableLayer, find_blocks
 from sparseswaps.pruning.allocation import (
     Allocation,
     allocate,
@@ -143,28 +145,71 @@ def test_the_loss_of_the_stream_forgets_its_scale(dtype: torch.dtype) -> None:
     torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-4, atol=1e-4)
 
 
-def test_residual_drift_from_sums() -> None:
-    """h and the constant of T = W X̂ + α W (X - X̂) + β s, from batches."""
+@pytest.mark.parametrize("apart", [False, True])
+def test_drift_from_missing_outputs(apart: bool) -> None:
+    """h and the constant of T = W X̂ + α W (X - X̂) + β s, from batches; both parts in one sum or apart."""
     generator = torch.Generator().manual_seed(0)
     inputs = ss.synthetic_activations("correlated", 6, 80, 0)
     dense = inputs + 0.2 * ss.synthetic_activations("correlated", 6, 80, 1)
     loss = torch.randn((80, 4), generator=generator, dtype=torch.float64)
     weight = torch.randn((4, 6), generator=generator, dtype=torch.float64)
-    sums, other = ss.GramAccumulator(6, drift=True, residual=4), ss.GramAccumulator(6, drift=True, residual=4)
-    sums.update(inputs[:30], dense[:30], loss[:30])
-    other.update(inputs[30:], dense[30:], loss[30:])
-    sums.merge(ss.GramAccumulator.from_state_dict(other.state_dict()))
     mask = torch.tensor([[1, 0, 1, 0, 1, 0]] * 4, dtype=torch.bool)
+    pattern = ss.SparsityPattern.per_row(6, 0.5)
     for strength, residual in ((0.0, 0.5), (0.75, 0.5), (1.0, 1.0)):
-        target = inputs @ weight.T + strength * (dense - inputs) @ weight.T + residual * loss
-        raw = target - inputs @ (weight * mask).T
+        target = Target(None if apart else strength, residual)
+        sums, other = (ss.GramAccumulator(6, missing=8 if apart else 4) for _ in range(2))
+        for part, rows in ((sums, slice(0, 30)), (other, slice(30, 80))):
+            part.update(inputs[rows], missing=target.missing(weight, dense[rows], inputs[rows], loss[rows]))
+        sums.merge(ss.GramAccumulator.from_state_dict(other.state_dict()))
+        wanted = inputs @ weight.T + strength * (dense - inputs) @ weight.T + residual * loss
+        raw = wanted - inputs @ (weight * mask).T
         for covariance in (False, True):
-            drift = ss.Drift.from_sums(weight, sums, strength, residual, covariance)
-            problem = ss.LayerProblem(weight, sums.gram(), ss.SparsityPattern.per_row(6, 0.5), drift)
+            drift = target.drift_of(weight, sums, strength, covariance)
+            problem = ss.LayerProblem(weight, sums.gram(), pattern, drift)
+            # sums of float32 products
             torch.testing.assert_close(problem.row_objectives(mask), (raw**2).sum(0), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(problem.output_error(mask), raw.T @ raw, rtol=1e-5, atol=1e-4)
-    with pytest.raises(ss.InvalidProblemError, match="residual"):
-        sums.update(inputs, dense)
+    with pytest.raises(ss.InvalidProblemError, match="missing outputs"):
+        sums.update(inputs)
+    with pytest.raises(ss.InvalidProblemError, match="expected one of drift and missing"):
+        ss.GramAccumulator(6, drift=True, missing=4)
+
+
+def test_sums_of_outputs_are_for_layers_with_few_of_them() -> None:
+    """A layer that is alone with its input gets the sums with fewer products; both lead to one drift."""
+    narrow, wide = (prunable(rows, 24) for rows in (6, 20))
+    target = Target(0.75, 0.5)
+    assert target.sums([narrow], writes=False).missing == 6
+    assert target.sums([narrow], writes=True).missing == 6
+    assert target.sums([wide], writes=True).missing == 20
+    for group in ([wide], [narrow, narrow]):
+        sums = target.sums(group, writes=False)
+        assert sums.has_drift
+        assert not sums.missing
+    assert Target(None, 0.5).sums([narrow], writes=True).missing == 12
+    assert not Target(0.0, 0.5).sums([narrow], writes=False).has_drift
+    inputs = ss.synthetic_activations("correlated", 24, 300, 0).float()
+    dense = inputs + 0.2 * ss.synthetic_activations("correlated", 24, 300, 1).float()
+    of_outputs, of_inputs = target.sums([narrow], writes=False), ss.GramAccumulator(24, drift=True)
+    of_outputs.update(inputs, missing=target.missing(narrow.weight, dense, inputs, None))
+    of_inputs.update(inputs, dense)
+    found = target.drift_of(narrow.weight, of_outputs, 0.75, covariance=True)
+    expected = target.drift_of(narrow.weight, of_inputs, 0.75, covariance=True)
+    for one, other in (
+        (found.linear, expected.linear),
+        (found.constant, expected.constant),
+        (found.covariance, expected.covariance),
+    ):
+        assert one is not None
+        assert other is not None
+        # float32 sums of 300 tokens
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+
+
+def prunable(rows: int, cols: int) -> PrunableLayer:
+    module = nn.Linear(cols, rows, bias=False)
+    nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(rows))
+    return PrunableLayer("layer", 0, module, "weight", transposed=False)
 
 
 def test_shrinkage_keeps_norms_and_scales_correlations() -> None:

@@ -126,6 +126,40 @@ def test_the_default_objective(
         assert record.facts()["settings"]["objective"] == objective
 
 
+def test_the_dense_perplexity_is_measured_once(
+    dense: Path, arguments: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until weights, text or their file change."""
+    measured: list[str] = []
+    quality = run._quality
+
+    def counted(inputs, which, context):  # type: ignore[no-untyped-def]
+        measured.append(which)
+        return quality(inputs, which, context)
+
+    monkeypatch.setattr(run, "_quality", counted)
+    monkeypatch.setenv("SPARSESWAPS_CACHE", str(tmp_path / "cache"))
+    first = prune(dense, "0.5", **arguments)
+    assert measured == ["dense", "pruned"]
+    again = prune(dense, "2:4", **arguments, out=tmp_path / "pruned")
+    assert measured == ["dense", "pruned", "pruned"]
+    assert again.perplexity_dense == first.perplexity_dense
+    with RunDatabase(tmp_path / "pruned" / RECORD_FILE) as record:
+        assert record.facts()["dense_measured_before"] is True
+    loaded = load_model(dense)
+    with torch.no_grad():
+        next(iter(loaded.model.parameters())).mul_(1.5)
+    changed = prune(loaded, "0.5", **arguments)
+    assert measured[3:] == ["dense", "pruned"]
+    assert changed.perplexity_dense != first.perplexity_dense
+    prune(dense, "0.5", **{**arguments, "evaluation": arguments["calibration"]})
+    assert measured[5:] == ["dense", "pruned"]
+    for file in (tmp_path / "cache" / "perplexity").iterdir():
+        file.write_text("{")
+    assert prune(dense, "0.5", **arguments).perplexity_dense == first.perplexity_dense
+    assert measured[7:] == ["dense", "pruned"]
+
+
 def test_resume_refuses_other_settings(dense: Path, arguments: dict, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
