@@ -163,7 +163,7 @@ def _model_specs(study: Study, models: ModelSet) -> Iterable[dict[str, Any]]:
     patterns = models.patterns or study.patterns
     choices = _chosen(study, models.solvers)
     known: dict[tuple[str, ...], dict[str, str | None]] = {}
-    combinations = itertools.product(study.seeds, patterns, *models.options.values(), choices)
+    combinations = itertools.product(models.seeds or study.seeds, patterns, *models.options.values(), choices)
     for seed, pattern, *tried, choice in combinations:
         start = {"start": choice.start} if choice.start else {}
         settings = {

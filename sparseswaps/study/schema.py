@@ -129,7 +129,7 @@ class ModelSet:
         options: plain values of the options of ``PruneSettings`` by name, each of which is tried. Without an
             objective it is the paper's error, that comparisons start from.
         machine: options of ``Machine``; the CPU where nothing is said, and never part of a unit's id.
-        patterns, solvers: in place of the study's own; empty for all.
+        patterns, solvers, seeds: in place of the study's own; empty for all.
         bound: tier of the lower bound of every layer (see ``solvers.bound``), "" for none;
             bound_seconds: its time for each layer, 0 for no limit.
     """
@@ -140,6 +140,7 @@ class ModelSet:
     machine: Mapping[str, Any]
     patterns: tuple[str, ...]
     solvers: tuple[str, ...]
+    seeds: tuple[int, ...]
     bound: str
     bound_seconds: float
 
@@ -372,6 +373,7 @@ def _add_bos(table: CheckedTable) -> str:
 
 def _model_set(table: CheckedTable, labels: Sequence[str]) -> ModelSet:
     patterns, solvers = _choices(table, labels)
+    seeds = table.integers("seeds", [])
     model = table.text("model")
     table.texts("calibration")
     table.texts("evaluation")
@@ -391,6 +393,7 @@ def _model_set(table: CheckedTable, labels: Sequence[str]) -> ModelSet:
         },
         patterns=patterns,
         solvers=solvers,
+        seeds=seeds,
         bound=table.text("bound", ""),
         bound_seconds=table.number("bound_seconds", 0.0),
     )
