@@ -94,9 +94,14 @@ def test_engineer(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     ran = documents.run_document(
         guide("engineer"),
         monkeypatch,
-        more={"sparseswaps zero-shot pruned --out zero-shot.json": " --tasks my_task --task-path my_tasks"},
+        more={
+            "sparseswaps zero-shot pruned --out zero-shot.json": " --tasks my_task --task-path my_tasks",
+            # its words are no words of a language
+            "sparseswaps zero-shot pruned --text other.txt --against MODEL": " --tasks continuation"
+            " --items 8",
+        },
     )
-    assert ran == 3 + 1 + 2 + 2 + 3 + 1 + 1 + 2 + 2
+    assert ran == 3 + 1 + 2 + 2 + 3 + 1 + 1 + 2 + 3
     score = json.loads((home / "zero-shot.json").read_text())["scores"][0]
     assert (score["task"], score["questions"]) == ("my_task", len(questions))
     assert "tuned-and-pruned" in capsys.readouterr().out
