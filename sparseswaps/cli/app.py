@@ -65,6 +65,10 @@ COMMANDS = {
         "zero_shot",
         "Zero-shot accuracy on BoolQ, RTE, HellaSwag, WinoGrande, ARC and OpenBookQA, or on other tasks.",
     ),
+    "bench": (
+        "bench",
+        "Tokens per second of a model, its memory and file size; beside another one, in turns.",
+    ),
     "demo": (
         "demo",
         "Prune the bundled model with magnitude, Wanda, 1-swap, and 1-swap with drift; compare them.",
