@@ -101,7 +101,7 @@ def test_engineer(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
             " --items 8",
         },
     )
-    assert ran == 3 + 1 + 2 + 2 + 3 + 1 + 1 + 2 + 3
+    assert ran == 3 + 1 + 2 + 2 + 3 + 1 + 1 + 2 + 1 + 3
     score = json.loads((home / "zero-shot.json").read_text())["scores"][0]
     assert (score["task"], score["questions"]) == ("my_task", len(questions))
     assert "tuned-and-pruned" in capsys.readouterr().out
