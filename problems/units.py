@@ -21,7 +21,7 @@ the kept columns K is no quadratic of x. With ``A = G + λ I`` and ``C = W A + H
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -55,7 +55,6 @@ class UnitProblem:
     columns: Tensor
     pattern: SparsityPattern
     ridge: float = RIDGE
-    _shape: tuple[int, int] = field(init=False, default=(0, 0))
 
     def __post_init__(self) -> None:
         columns = self.columns.to(self.layer.device)
@@ -70,18 +69,17 @@ class UnitProblem:
         if self.ridge <= 0:
             raise InvalidProblemError(f"the ridge is positive: expected more than 0, found {self.ridge:g}")
         object.__setattr__(self, "columns", columns)
-        object.__setattr__(self, "_shape", (len(columns), columns.shape[1]))
         self.pattern.check_cols(len(columns))
 
     @property
     def units(self) -> int:
         """Number of units."""
-        return self._shape[0]
+        return self.columns.shape[0]
 
     @property
     def width(self) -> int:
         """Columns of a unit."""
-        return self._shape[1]
+        return self.columns.shape[1]
 
     @cached_property
     def weight(self) -> Tensor:

@@ -57,7 +57,9 @@ class KeptInverse:
 
     def weight_products(self, units: Tensor) -> Tensor:
         """``Ŵ_uᵀ S Ŵ_u`` (len(units), width, width)."""
-        return _own_products(self._problem, self.weight, units)
+        columns = self._problem.columns[units]
+        weighed = self._problem.weighed(self.weight)
+        return torch.einsum("rua,rub->uab", self.weight[:, columns], weighed[:, columns])
 
     def drop_costs(self, units: Tensor) -> Tensor:
         """What dropping each of ``units`` (kept ones) costs (len(units),)."""
@@ -86,13 +88,6 @@ class KeptInverse:
         self.inverse += through @ schur @ through.T
         self.weight -= missing @ through.T
         self.kept[unit] = True
-
-
-def _own_products(problem: UnitProblem, matrix: Tensor, units: Tensor) -> Tensor:
-    """``M_uᵀ S M_u`` (len(units), width, width) of a matrix (rows, cols)."""
-    columns = problem.columns[units]
-    own, weighed = matrix[:, columns], problem.weighed(matrix)[:, columns]
-    return torch.einsum("rua,rub->uab", own, weighed)
 
 
 def _traces(products: Tensor, blocks: Tensor) -> Tensor:
