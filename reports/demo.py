@@ -12,11 +12,12 @@ order given; the first is what the others are compared with.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,9 @@ from .figures import Figure
 from .page import Fact, Section, build_page
 from .palette import HEAT, INK, NEUTRAL, style
 from .tables import Column, Row, Table
+
+# What the model that nothing is pruned of is called.
+DENSE = "dense model"
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,19 @@ class DemoLayer:
     seconds: float
 
 
+@dataclass(frozen=True)
+class DemoText:
+    """What each model writes after a prompt.
+
+    Attributes:
+        prompt: the text that is continued.
+        continuations: by the label of the method, ``DENSE`` among them.
+    """
+
+    prompt: str
+    continuations: Mapping[str, str]
+
+
 def write_demo_report(
     out_dir: str | os.PathLike[str],
     methods: Sequence[DemoMethod],
@@ -78,6 +95,7 @@ def write_demo_report(
     title: str = "Pruning a language model",
     subtitle: str = "",
     facts: Sequence[Fact] = (),
+    texts: Sequence[DemoText] = (),
 ) -> Path:
     """Write the demo's page (``index.html``), its Markdown twin and the data of its figures.
 
@@ -88,6 +106,7 @@ def write_demo_report(
         title: of the page.
         subtitle: one sentence about model, pattern and text.
         facts: key figures for the head of the page.
+        texts: prompts and what the models make of them, of the dense one and of each method.
 
     Returns:
         Path of ``index.html``.
@@ -117,6 +136,8 @@ def write_demo_report(
         ),
         Section("Layers", _layer_summary(labels, layers), (layer_error_map(labels, layers),)),
     ]
+    if texts:
+        sections.insert(1, Section("Continuations", _text_summary(texts), (text_table(texts),)))
     return build_page(out_dir, title, sections, subtitle, facts)
 
 
@@ -126,7 +147,7 @@ def method_table(methods: Sequence[DemoMethod]) -> Table:
     base = methods[0]
     rows: list[Row] = []
     if dense is not None:
-        rows.append(("dense model", 0.0, None, 0.0, dense, None))
+        rows.append((DENSE, 0.0, None, 0.0, dense, None))
     for method in methods:
         change = method.error / base.error - 1 if base.error > 0 and method is not base else None
         rows.append(
@@ -146,6 +167,43 @@ def method_table(methods: Sequence[DemoMethod]) -> Table:
         ),
         tuple(rows),
     )
+
+
+def text_table(texts: Sequence[DemoText]) -> Table:
+    """One line per prompt, the models side by side."""
+    labels = tuple(texts[0].continuations)
+    return Table(
+        "continuations",
+        "The likeliest token at each step, after each prompt; line breaks are shown as spaces.",
+        (Column("prompt"), *map(Column, labels)),
+        tuple(
+            (text.prompt, *(" ".join(text.continuations[label].split()) for label in labels))
+            for text in texts
+        ),
+    )
+
+
+def _text_summary(texts: Sequence[DemoText]) -> tuple[str, ...]:
+    """How many words each pruned model writes before it differs from the dense one."""
+    shared = {
+        label: sum(_same_words(text.continuations[DENSE], text.continuations[label]) for text in texts)
+        for label in texts[0].continuations
+        if label != DENSE
+    }
+    whole = sum(len(text.continuations[DENSE].split()) for text in texts)
+    ranked = sorted(shared.items(), key=lambda item: -item[1])
+    words = ", ".join(f"{count} of {label}" for label, count in ranked)
+    longest = [label for label, count in ranked if count == ranked[0][1]]
+    verb = "follow" if len(longest) > 1 else "follows"
+    return (
+        f"{' and '.join(longest)} {verb} the dense model longest. Words "
+        f"before the first that differs, of {whole} after {len(texts)} prompts: {words}.",
+    )
+
+
+def _same_words(first: str, second: str) -> int:
+    pairs = zip(first.split(), second.split(), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _summary(methods: Sequence[DemoMethod]) -> tuple[str, ...]:
