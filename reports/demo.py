@@ -28,7 +28,7 @@ from .axes import legend_below, numbers, plain_log, series
 from .figures import Figure
 from .page import Fact, Section, build_page
 from .palette import HEAT, INK, NEUTRAL, style
-from .tables import Column, Row, Table
+from .tables import Column, Row, Table, span
 
 # What the model that nothing is pruned of is called.
 DENSE = "dense model"
@@ -122,19 +122,20 @@ def write_demo_report(
     for layer in layers:
         if layer.method not in labels:
             raise ValueError(f"layer {layer.name}: expected a method of {labels}, found {layer.method!r}")
+    errors = layer_error_map(labels, layers)
     sections = [
         Section("Methods", _summary(methods), (method_table(methods),)),
         Section(
             "Layer error and perplexity",
             (
-                "The layer error is what the methods minimise; perplexity is what it costs the model. A "
-                f"lower layer error need not mean a lower perplexity: {_agreement(methods)}.",
+                f"A smaller layer error and a lower perplexity {_agreement(methods)}. The layer "
+                "error is what the methods minimise, perplexity is what it costs the model.",
             )
             if sum(m.perplexity is not None for m in methods) > 1
             else (),
             (error_against_perplexity(methods),) if any(m.perplexity is not None for m in methods) else (),
         ),
-        Section("Layers", _layer_summary(labels, layers), (layer_error_map(labels, layers),)),
+        Section("Layers", (layer_text(errors.rows),), (errors,)),
     ]
     if texts:
         sections.insert(1, Section("Continuations", _text_summary(texts), (text_table(texts),)))
@@ -235,17 +236,25 @@ def _agreement(methods: Sequence[DemoMethod]) -> str:
         if first[0] != second[0] and first[1] != second[1]
     ]
     agree = sum((first[0] < second[0]) == (first[1] < second[1]) for first, second in pairs)
-    return f"here the two agree in {agree} of {len(pairs)} pairs of methods"
+    return f"agree in {agree} of {len(pairs)} pairs of methods"
 
 
-def _layer_summary(labels: Sequence[str], layers: Sequence[DemoLayer]) -> tuple[str, ...]:
-    if len(labels) < 2:
-        return ()
-    errors = {(layer.method, layer.name): layer.error for layer in layers}
-    base, last = labels[0], labels[-1]
-    names = [name for method, name in errors if method == base and (last, name) in errors]
-    lower = sum(errors[last, name] < errors[base, name] for name in names)
-    return (f"{last} has a lower error than {base} in {lower} of {len(names)} layers.",)
+def layer_text(rows: Sequence[Row]) -> str:
+    """How the last method's layers compare with those of the first, from the rows of ``layer_error_map``."""
+    errors = {(str(row[0]), str(row[3])): numbers([row], 4)[0] for row in rows}
+    base, last = str(rows[0][0]), str(rows[-1][0])
+    changes = sorted(
+        errors[last, name] / error - 1
+        for (method, name), error in errors.items()
+        if method == base and (last, name) in errors and error > 0
+    )
+    if base == last or not changes:
+        return f"{base} leaves errors of {span(list(errors.values()), '.1%')}."
+    lower = sum(change < 0 for change in changes)
+    return (
+        f"{last} has a lower error than {base} in {lower} of {len(changes)} layers: {changes[0]:+.0%} to "
+        f"{changes[-1]:+.0%}, {changes[len(changes) // 2]:+.0%} in the middle."
+    )
 
 
 def error_against_perplexity(methods: Sequence[DemoMethod]) -> Figure:
@@ -282,7 +291,6 @@ def error_against_perplexity(methods: Sequence[DemoMethod]) -> Figure:
         ("method", "relative layer error", "perplexity", "dense perplexity"),
         rows,
         draw,
-        (6.8, 4.0),
     )
 
 
@@ -324,9 +332,9 @@ def layer_error_map(
     blocks = len({layer.block for layer in layers})
     kinds = len(set(kinds_of.values()))
     panels = len({layer.method for layer in layers})
-    across = 1 if blocks > 12 else 2 if panels in (2, 4) else min(panels, 3)
+    across = 1 if blocks > 12 else min(panels, 2)
     down = -(-panels // across)
-    size = (7.2, max(2.4, down * (0.28 * kinds + 0.9) + 0.8))
+    height = max(2.2, down * (0.26 * kinds + 0.6) + 0.9)
 
     def draw(canvas: Canvas, rows: tuple[Row, ...]) -> None:
         groups = series(rows)
@@ -346,15 +354,15 @@ def layer_error_map(
                 table[kind_names.index(str(row[2]))][block_names.index(int(block))] = error
             image = axes.imshow(table, norm=scale, cmap=HEAT, aspect="auto", interpolation="nearest")
             axes.grid(visible=False)
-            axes.set_title(textwrap.fill(label, 28), loc="left")
+            axes.set_title(textwrap.fill(label, 52 // across), loc="left")
             axes.set_yticks(range(len(kind_names)), kind_names)
-            step = max(1, math.ceil(len(block_names) / 12))
+            step = max(1, math.ceil(len(block_names) * across / 16))
             axes.set_xticks(range(0, len(block_names), step), [str(block) for block in block_names[::step]])
         for axes in panels[-1]:
             axes.set_xlabel("block")
         if image is not None:
-            bar = canvas.colorbar(image, ax=panels, shrink=0.9, pad=0.02)
-            plain_log(bar.ax.yaxis, percent=True)
+            bar = canvas.colorbar(image, ax=panels, location="bottom", pad=0.02, aspect=40)
+            plain_log(bar.ax.xaxis, percent=True)
             bar.set_label("relative layer error")
 
     return Figure(
@@ -373,5 +381,5 @@ def layer_error_map(
         ),
         rows,
         draw,
-        size,
+        height,
     )
