@@ -1,6 +1,6 @@
 """What came out: tables, figures and report pages, pure functions of plain rows."""
 
-from .demo import DemoLayer, DemoMethod, write_demo_report
+from .demo import DemoLayer, DemoMethod, DemoText, write_demo_report
 from .figures import Figure
 from .page import Fact, Section, build_page
 from .tables import Column, Table
@@ -9,6 +9,7 @@ __all__ = [
     "Column",
     "DemoLayer",
     "DemoMethod",
+    "DemoText",
     "Fact",
     "Figure",
     "Section",

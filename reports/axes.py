@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Sequence
 from typing import Literal
 
@@ -28,12 +30,15 @@ def numbers(rows: Sequence[Row], position: int) -> list[float]:
 
 
 def legend_below(canvas: Canvas, axes: Axes, columns: int = 3, title: str | None = None) -> None:
-    """A legend under the plot, where it hides nothing."""
-    handles, labels = axes.get_legend_handles_labels()
+    """A legend under the plot, where it hides nothing; the canvas grows by it."""
+    handles, names = axes.get_legend_handles_labels()
+    labels = [textwrap.fill(name, LEGEND_WIDTH - MARK_WIDTH) for name in names]
     columns = min(columns, len(labels))
     while columns > 1 and _legend_width(labels, columns) > LEGEND_WIDTH:
         columns -= 1
     if len(labels) > 1:
+        lines = sum(label.count("\n") + 1 for label in labels) / columns
+        canvas.set_figheight(canvas.get_figheight() + LINE_HEIGHT * (math.ceil(lines) + (title is not None)))
         canvas.legend(handles, labels, loc="outside lower center", ncols=columns, title=title)
 
 
@@ -43,7 +48,7 @@ def _legend_width(labels: Sequence[str], columns: int) -> int:
     width = start = 0
     for column in range(columns):
         end = start + long + (column < rest)
-        width += max(len(label) for label in labels[start:end]) + MARK_WIDTH
+        width += max(len(line) for label in labels[start:end] for line in label.splitlines()) + MARK_WIDTH
         start = end
     return width
 
@@ -56,7 +61,11 @@ def plain_log(axis: Axis, percent: bool = False) -> None:
 
 
 # Characters that fit beside each other in a legend; how many a mark and the space around it take.
-LEGEND_WIDTH, MARK_WIDTH = 100, 6
+LEGEND_WIDTH, MARK_WIDTH = 60, 6
+# Characters of a line beside an axis.
+LABEL_WIDTH = 20
+# Inches of a line of a legend.
+LINE_HEIGHT = 0.19
 GAP_TICKS = (0.0, 0.1, 1.0, 10.0, 100.0)
 
 

@@ -12,11 +12,12 @@ order given; the first is what the others are compared with.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,10 @@ from .axes import legend_below, numbers, plain_log, series
 from .figures import Figure
 from .page import Fact, Section, build_page
 from .palette import HEAT, INK, NEUTRAL, style
-from .tables import Column, Row, Table
+from .tables import Column, Row, Table, span
+
+# What the model that nothing is pruned of is called.
+DENSE = "dense model"
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,19 @@ class DemoLayer:
     seconds: float
 
 
+@dataclass(frozen=True)
+class DemoText:
+    """What each model writes after a prompt.
+
+    Attributes:
+        prompt: the text that is continued.
+        continuations: by the label of the method, ``DENSE`` among them.
+    """
+
+    prompt: str
+    continuations: Mapping[str, str]
+
+
 def write_demo_report(
     out_dir: str | os.PathLike[str],
     methods: Sequence[DemoMethod],
@@ -78,6 +95,7 @@ def write_demo_report(
     title: str = "Pruning a language model",
     subtitle: str = "",
     facts: Sequence[Fact] = (),
+    texts: Sequence[DemoText] = (),
 ) -> Path:
     """Write the demo's page (``index.html``), its Markdown twin and the data of its figures.
 
@@ -88,6 +106,7 @@ def write_demo_report(
         title: of the page.
         subtitle: one sentence about model, pattern and text.
         facts: key figures for the head of the page.
+        texts: prompts and what the models make of them, of the dense one and of each method.
 
     Returns:
         Path of ``index.html``.
@@ -103,20 +122,23 @@ def write_demo_report(
     for layer in layers:
         if layer.method not in labels:
             raise ValueError(f"layer {layer.name}: expected a method of {labels}, found {layer.method!r}")
+    errors = layer_error_map(labels, layers)
     sections = [
         Section("Methods", _summary(methods), (method_table(methods),)),
         Section(
             "Layer error and perplexity",
             (
-                "The layer error is what the methods minimise; perplexity is what it costs the model. A "
-                f"lower layer error need not mean a lower perplexity: {_agreement(methods)}.",
+                f"A smaller layer error and a lower perplexity {_agreement(methods)}. The layer "
+                "error is what the methods minimise, perplexity is what it costs the model.",
             )
             if sum(m.perplexity is not None for m in methods) > 1
             else (),
             (error_against_perplexity(methods),) if any(m.perplexity is not None for m in methods) else (),
         ),
-        Section("Layers", _layer_summary(labels, layers), (layer_error_map(labels, layers),)),
+        Section("Layers", (layer_text(errors.rows),), (errors,)),
     ]
+    if texts:
+        sections.insert(1, Section("Continuations", _text_summary(texts), (text_table(texts),)))
     return build_page(out_dir, title, sections, subtitle, facts)
 
 
@@ -126,7 +148,7 @@ def method_table(methods: Sequence[DemoMethod]) -> Table:
     base = methods[0]
     rows: list[Row] = []
     if dense is not None:
-        rows.append(("dense model", 0.0, None, 0.0, dense, None))
+        rows.append((DENSE, 0.0, None, 0.0, dense, None))
     for method in methods:
         change = method.error / base.error - 1 if base.error > 0 and method is not base else None
         rows.append(
@@ -146,6 +168,43 @@ def method_table(methods: Sequence[DemoMethod]) -> Table:
         ),
         tuple(rows),
     )
+
+
+def text_table(texts: Sequence[DemoText]) -> Table:
+    """One line per prompt, the models side by side."""
+    labels = tuple(texts[0].continuations)
+    return Table(
+        "continuations",
+        "The likeliest token at each step, after each prompt; line breaks are shown as spaces.",
+        (Column("prompt"), *map(Column, labels)),
+        tuple(
+            (text.prompt, *(" ".join(text.continuations[label].split()) for label in labels))
+            for text in texts
+        ),
+    )
+
+
+def _text_summary(texts: Sequence[DemoText]) -> tuple[str, ...]:
+    """How many words each pruned model writes before it differs from the dense one."""
+    shared = {
+        label: sum(_same_words(text.continuations[DENSE], text.continuations[label]) for text in texts)
+        for label in texts[0].continuations
+        if label != DENSE
+    }
+    whole = sum(len(text.continuations[DENSE].split()) for text in texts)
+    ranked = sorted(shared.items(), key=lambda item: -item[1])
+    words = ", ".join(f"{count} of {label}" for label, count in ranked)
+    longest = [label for label, count in ranked if count == ranked[0][1]]
+    verb = "follow" if len(longest) > 1 else "follows"
+    return (
+        f"{' and '.join(longest)} {verb} the dense model longest. Words "
+        f"before the first that differs, of {whole} after {len(texts)} prompts: {words}.",
+    )
+
+
+def _same_words(first: str, second: str) -> int:
+    pairs = zip(first.split(), second.split(), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _summary(methods: Sequence[DemoMethod]) -> tuple[str, ...]:
@@ -177,17 +236,25 @@ def _agreement(methods: Sequence[DemoMethod]) -> str:
         if first[0] != second[0] and first[1] != second[1]
     ]
     agree = sum((first[0] < second[0]) == (first[1] < second[1]) for first, second in pairs)
-    return f"here the two agree in {agree} of {len(pairs)} pairs of methods"
+    return f"agree in {agree} of {len(pairs)} pairs of methods"
 
 
-def _layer_summary(labels: Sequence[str], layers: Sequence[DemoLayer]) -> tuple[str, ...]:
-    if len(labels) < 2:
-        return ()
-    errors = {(layer.method, layer.name): layer.error for layer in layers}
-    base, last = labels[0], labels[-1]
-    names = [name for method, name in errors if method == base and (last, name) in errors]
-    lower = sum(errors[last, name] < errors[base, name] for name in names)
-    return (f"{last} has a lower error than {base} in {lower} of {len(names)} layers.",)
+def layer_text(rows: Sequence[Row]) -> str:
+    """How the last method's layers compare with those of the first, from the rows of ``layer_error_map``."""
+    errors = {(str(row[0]), str(row[3])): numbers([row], 4)[0] for row in rows}
+    base, last = str(rows[0][0]), str(rows[-1][0])
+    changes = sorted(
+        errors[last, name] / error - 1
+        for (method, name), error in errors.items()
+        if method == base and (last, name) in errors and error > 0
+    )
+    if base == last or not changes:
+        return f"{base} leaves errors of {span(list(errors.values()), '.1%')}."
+    lower = sum(change < 0 for change in changes)
+    return (
+        f"{last} has a lower error than {base} in {lower} of {len(changes)} layers: {changes[0]:+.0%} to "
+        f"{changes[-1]:+.0%}, {changes[len(changes) // 2]:+.0%} in the middle."
+    )
 
 
 def error_against_perplexity(methods: Sequence[DemoMethod]) -> Figure:
@@ -224,7 +291,6 @@ def error_against_perplexity(methods: Sequence[DemoMethod]) -> Figure:
         ("method", "relative layer error", "perplexity", "dense perplexity"),
         rows,
         draw,
-        (6.8, 4.0),
     )
 
 
@@ -266,9 +332,9 @@ def layer_error_map(
     blocks = len({layer.block for layer in layers})
     kinds = len(set(kinds_of.values()))
     panels = len({layer.method for layer in layers})
-    across = 1 if blocks > 12 else 2 if panels in (2, 4) else min(panels, 3)
+    across = 1 if blocks > 12 else min(panels, 2)
     down = -(-panels // across)
-    size = (7.2, max(2.4, down * (0.28 * kinds + 0.9) + 0.8))
+    height = max(2.2, down * (0.26 * kinds + 0.6) + 0.9)
 
     def draw(canvas: Canvas, rows: tuple[Row, ...]) -> None:
         groups = series(rows)
@@ -288,15 +354,15 @@ def layer_error_map(
                 table[kind_names.index(str(row[2]))][block_names.index(int(block))] = error
             image = axes.imshow(table, norm=scale, cmap=HEAT, aspect="auto", interpolation="nearest")
             axes.grid(visible=False)
-            axes.set_title(textwrap.fill(label, 28), loc="left")
+            axes.set_title(textwrap.fill(label, 52 // across), loc="left")
             axes.set_yticks(range(len(kind_names)), kind_names)
-            step = max(1, math.ceil(len(block_names) / 12))
+            step = max(1, math.ceil(len(block_names) * across / 16))
             axes.set_xticks(range(0, len(block_names), step), [str(block) for block in block_names[::step]])
         for axes in panels[-1]:
             axes.set_xlabel("block")
         if image is not None:
-            bar = canvas.colorbar(image, ax=panels, shrink=0.9, pad=0.02)
-            plain_log(bar.ax.yaxis, percent=True)
+            bar = canvas.colorbar(image, ax=panels, location="bottom", pad=0.02, aspect=40)
+            plain_log(bar.ax.xaxis, percent=True)
             bar.set_label("relative layer error")
 
     return Figure(
@@ -315,5 +381,5 @@ def layer_error_map(
         ),
         rows,
         draw,
-        size,
+        height,
     )

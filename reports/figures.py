@@ -22,7 +22,9 @@ from .tables import Row, write_csv
 
 Draw = Callable[[Canvas, tuple[Row, ...]], None]
 
-DPI = 150
+# Inches: as wide as a telephone's screen, where text of this size can still be read.
+WIDTH = 4.6
+DPI = 200
 _LOOK: Any = {  # matplotlib's type of its own settings is a list of 300 literals
     "axes.axisbelow": True,
     "axes.edgecolor": INK,
@@ -68,7 +70,7 @@ class Figure:
         header: names of the data's columns.
         rows: the data.
         draw: puts the rows on an empty canvas.
-        size: width and height in inches.
+        height: in inches, without a legend below the plot, for which the canvas grows.
     """
 
     name: str
@@ -77,7 +79,7 @@ class Figure:
     header: tuple[str, ...]
     rows: tuple[Row, ...]
     draw: Draw = field(repr=False, compare=False)
-    size: tuple[float, float] = (7.2, 4.2)
+    height: float = 3.2
 
     def to_csv(self) -> str:
         """The data of the picture."""
@@ -111,6 +113,6 @@ class Figure:
         return buffer.getvalue()
 
     def _canvas(self) -> Canvas:
-        canvas = Canvas(figsize=self.size)
+        canvas = Canvas(figsize=(WIDTH, self.height))
         self.draw(canvas, self.rows)
         return canvas

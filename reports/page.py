@@ -22,6 +22,8 @@ from .tables import Table, inline_html, inline_markdown, markdown
 
 PAGE_FILE = "index.html"
 MARKDOWN_FILE = "README.md"
+# Characters that fit in a small card.
+SHORT_FACT = 16
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,7 @@ def _html(
         f'<li><a href="#{_anchor(section.title)}">{html.escape(section.title)}</a></li>'
         for section in sections
     )
-    fact_cells = "".join(
-        f"<div><dt>{html.escape(fact.name)}</dt><dd>{html.escape(fact.value)}</dd></div>" for fact in facts
-    )
+    fact_cells = "".join(map(_fact_html, facts))
     body = []
     for section in sections:
         body.append(f'<section>\n<h2 id="{_anchor(section.title)}">{html.escape(section.title)}</h2>')
@@ -141,6 +141,11 @@ def _html(
     )
 
 
+def _fact_html(fact: Fact) -> str:
+    kind = ' class="long"' if len(fact.value) > SHORT_FACT else ""
+    return f"<div{kind}><dt>{html.escape(fact.name)}</dt><dd>{html.escape(fact.value)}</dd></div>"
+
+
 def _table_html(table: Table) -> str:
     links = f'<a href="tables/{table.name}.csv">CSV</a> · <a href="tables/{table.name}.tex">LaTeX</a>'
     return (
@@ -157,7 +162,7 @@ def _figure_html(figure: Figure, svg: str) -> str:
         f'<a href="figures/{figure.name}.{kind}">{kind.upper()}</a>' for kind in ("csv", "svg", "png")
     )
     return (
-        f'<figure id="figure-{figure.name}">\n<div class="scroll" tabindex="0">\n{svg}</div>\n'
+        f'<figure id="figure-{figure.name}">\n{svg}\n'
         f"<figcaption><strong>{html.escape(figure.title)}.</strong> {inline_html(figure.caption)}"
         f'</figcaption>\n<p class="files">{links}</p>\n</figure>'
     )

@@ -26,6 +26,7 @@ PROVEN = 1e-5
 OPTIMAL = 1e-4
 WEIGHT_UPDATE = "weight update"
 BOUND = "bound"
+EXACT = "exact"
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +129,12 @@ class StudyData:
         methods = {unit.label: unit.method for unit in self.units}
         best = {methods[label]: label for label in self.mask_labels}  # the last one is the best
         return tuple(label for label in self.mask_labels if best[methods[label]] == label)
+
+    @cached_property
+    def inexact_labels(self) -> tuple[str, ...]:
+        """Of ``main_labels`` those that prove no optimum, best mean gap last; all if each of them does."""
+        exact = {unit.label for unit in self.units if unit.group == EXACT}
+        return tuple(label for label in self.main_labels if label not in exact) or self.main_labels
 
     def rows_of_units(self, chosen: Sequence[bool]) -> Bools:
         """Rows of the units that are chosen, one flag per unit."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..records.study import ModelRecord, StudyRows, UnitRecord
+from .axes import numbers
 from .page import Fact, Section, build_page
 from .sections.ablations import calibration_section, convergence_section, warm_start_section
 from .sections.interaction import interaction_section
@@ -24,7 +25,7 @@ from .sections.optimality import bounds_section, optimality_section
 from .sections.timing import cost_section, timing_section
 from .statistics import compare, gap
 from .study_data import PROVEN, StudyData, pattern_name, pattern_order
-from .tables import Column, Row, Table
+from .tables import Column, Row, Table, span
 
 # Failures whose reasons are listed.
 LISTED_FAILURES = 20
@@ -88,7 +89,7 @@ def comparison_section(data: StudyData) -> Section | None:
     """Each solver against the next better one, paired over problems; None for fewer than two."""
     labels = data.main_labels
     rows: list[Row] = []
-    text = []
+    text: dict[str, str] = {}
     errors: dict[str, dict[str, float]] = {label: {} for label in labels}
     for unit in data.units:
         if unit.label in errors and unit.objective:
@@ -98,6 +99,7 @@ def comparison_section(data: StudyData) -> Section | None:
         if len(common) < 2:
             continue
         found = compare([errors[better][p] for p in common], [errors[worse][p] for p in common])
+        low, high = found.change.low, found.change.high
         verdict = "smaller" if found.better else "larger" if found.worse else "no difference shown"
         rows.append(
             (
@@ -115,9 +117,14 @@ def comparison_section(data: StudyData) -> Section | None:
             )
         )
         if found.better:
-            text.append(
+            text[better] = (
                 f"{better} leaves {-found.change.estimate:.1%} less error than {worse} "
-                f"(95% interval {-found.change.high:.1%} to {-found.change.low:.1%}, {found.count} problems)."
+                f"(95% interval {-high:.1%} to {-low:.1%}, {found.count} problems)."
+            )
+        else:
+            text[better] = (
+                f"{better} is not shown to be better than {worse}: its error is {found.change.estimate:+.1%} "
+                f"(95% interval {low:+.1%} to {high:+.1%}, {found.count} problems)."
             )
     if not rows:
         return None
@@ -142,7 +149,9 @@ def comparison_section(data: StudyData) -> Section | None:
         ),
         tuple(rows),
     )
-    return Section("Which solver is better", tuple(text), (table,))
+    # the best that proves nothing first: what others find beyond it is known from their proofs
+    best_first = sorted(text, key=lambda each: (each != data.inexact_labels[-1], -labels.index(each)))
+    return Section("Which solver is better", tuple(text[label] for label in best_first), (table,))
 
 
 def instances_section(data: StudyData) -> Section | None:
@@ -194,7 +203,12 @@ def instances_section(data: StudyData) -> Section | None:
         ),
         tuple(rows),
     )
-    return Section("Instances and references", (), (table,))
+    problems, matrix_rows, solved = (f"{sum(map(int, numbers(rows, column))):,}" for column in (3, 4, 5))
+    text = (
+        f"{solved} of {matrix_rows} matrix rows, of {problems} problems, have a proven reference: it is "
+        f"optimal; mean gaps of the references to the best bound: {span(numbers(rows, 6), '.2%')}."
+    )
+    return Section("Instances and references", (text,), (table,))
 
 
 def solvers_section(records: StudyRows) -> Section:
@@ -224,7 +238,7 @@ def solvers_section(records: StudyRows) -> Section:
     )
     failures = [record for record in everything if record.failure]
     items = [table]
-    text: tuple[str, ...] = ()
+    text = (f"All {len(everything)} units ended without a failure.",)
     if failures:
         text = (
             f"{len(failures)} of {len(everything)} units failed; the rest of the report is without them.",

@@ -18,6 +18,8 @@ Cell = str | int | float | None
 Row = tuple[Cell, ...]
 
 ABSENT = "–"
+# Characters from which on a cell is given several words' width.
+LONG_TEXT = 32
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,15 @@ class Table:
         cells = [row[position] for row in self.rows if row[position] is not None]
         return bool(cells) and all(isinstance(cell, int | float) for cell in cells)
 
+    def _class(self, position: int) -> str:
+        """How a page lays a column out: numbers at the right, long texts with room for some words."""
+        if self._is_number(position):
+            return ' class="number"'
+        return ' class="text"' if any(len(str(row[position])) > LONG_TEXT for row in self.rows) else ""
+
     def to_html(self) -> str:
         """A ``<table>`` with its caption; numbers are aligned right."""
-        classes = [' class="number"' if self._is_number(i) else "" for i in range(len(self.columns))]
+        classes = [self._class(i) for i in range(len(self.columns))]
         bold = self._bold()
         lines = ["<table>", f"<caption>{inline_html(self.caption)}</caption>", "<thead><tr>"]
         for column, kind in zip(self.columns, classes, strict=True):
@@ -162,6 +170,12 @@ def show(cell: Cell, specification: str = "") -> str:
     if isinstance(cell, float) and math.isinf(cell):
         return "∞" if cell > 0 else "-∞"
     return format(cell, specification)
+
+
+def span(values: Sequence[float], specification: str) -> str:
+    """From the smallest to the largest of some numbers; one of them where they look the same."""
+    low, high = format(min(values), specification), format(max(values), specification)
+    return low if low == high else f"{low} to {high}"
 
 
 def inline_html(text: str) -> str:

@@ -94,18 +94,21 @@ def _mean_swaps(data: StudyData, chosen: np.ndarray) -> Cell:
     return float(swaps[swaps >= 0].mean()) if (swaps >= 0).any() else None
 
 
+# An error this close to the converged one, in relative terms, is as good.
+CLOSE = 0.01
+
+
 def _convergence_text(rows: list[Row]) -> str:
-    ends = [row for row in rows if row[2] in (INFINITE, "100")]
+    """After how many swaps each search is as good as converged, on the widest rows."""
     widest = max(numbers(rows, 1))
-    at_100 = [row for row in ends if row[2] == "100" and row[1] == widest]
-    text = f"The widest rows here have {widest:g} weights."
-    if at_100:
-        text += (
-            f" Stopping after 100 swaps per row leaves {numbers(at_100, 4)[0]:.2%} more error there than "
-            "running "
-            "until no swap improves."
-        )
-    return text
+    parts = []
+    for name, members in series([row for row in rows if row[1] == widest]).items():
+        close = next(row for row in members if numbers([row], 4)[0] <= CLOSE)
+        parts.append(f"{name} {close[2]} (error {numbers(members, 4)[0]:+.1%} after {members[0][2]})")
+    return (
+        f"Swaps per row from which the error is within {CLOSE:.0%} of the converged one, on rows of "
+        f"{widest:g} weights: {'; '.join(parts)}."
+    )
 
 
 def _convergence_table(rows: list[Row]) -> Table:
@@ -151,7 +154,6 @@ def _convergence_figure(rows: tuple[Row, ...]) -> Figure:
         ("solver", "cols", "T", "rows", "error above the last", "mean gap", "mean swaps per row"),
         rows,
         draw,
-        (7.2, 4.8),
     )
 
 
@@ -193,8 +195,8 @@ def warm_start_section(data: StudyData) -> Section | None:
         ordered = sorted(members, key=lambda row: numbers([row], 4)[0])
         best, worst = ordered[0], ordered[-1]
         text.append(
-            f"{method}: the mean gap is {numbers([best], 4)[0]:.2%} from {best[1]} and "
-            f"{numbers([worst], 4)[0]:.2%} from {worst[1]}."
+            f"{method} ends closest from {best[1]}, with a mean gap of {numbers([best], 4)[0]:.2%}, and "
+            f"furthest from {worst[1]}, with {numbers([worst], 4)[0]:.2%}."
         )
     table = Table(
         "warm-starts",
@@ -250,7 +252,7 @@ def _warm_start_figure(rows: tuple[Row, ...]) -> Figure:
         ("solver", "warm start", "mean gap before", "mean gap after"),
         data,
         draw,
-        (7.2, 3.6),
+        2.4,
     )
 
 
@@ -296,13 +298,26 @@ def calibration_section(data: StudyData) -> Section | None:
     )
     varied = len({row[1] for row in rows}) > 1 or len({row[2] for row in rows}) > 1
     figures = (_calibration_figure(tuple(rows)),) if varied else ()
-    return Section("Calibration and held-out error", (), (table, *figures))
+    return Section("Calibration and held-out error", (_calibration_text(rows),), (table, *figures))
+
+
+def _calibration_text(rows: Sequence[Row]) -> str:
+    """Where the held-out error is smallest, and what fewer windows of the same text cost."""
+    best = min(rows, key=lambda row: numbers([row], 5)[0])
+    text = (
+        f"**{best[0]}** has the smallest held-out error, {best[5]:.1%} with {best[2]} windows of {best[1]}, "
+        f"where its calibration error is {best[4]:.1%}"
+    )
+    fewest = min((row for row in rows if row[:2] == best[:2]), key=lambda row: numbers([row], 2)[0])
+    if fewest is not best:
+        text += f"; with {fewest[2]} windows it has {fewest[5]:.1%} and {fewest[4]:.1%}"
+    return text + "."
 
 
 def _calibration_figure(rows: tuple[Row, ...]) -> Figure:
     def draw(canvas: Canvas, rows: tuple[Row, ...]) -> None:
         texts = list(series(rows, 1))
-        panels = canvas.subplots(1, len(texts), sharey=True, squeeze=False)[0]
+        panels = canvas.subplots(len(texts), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
         labels = list(series(rows))
         sizes = sorted({int(value) for value in numbers(rows, 2)})
         for axes, text in zip(panels, texts, strict=True):
@@ -318,8 +333,8 @@ def _calibration_figure(rows: tuple[Row, ...]) -> Figure:
             axes.margins(x=0.15)
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
             axes.set_title(f"calibrated on {text}", loc="left")
-            axes.set_xlabel("calibration windows")
-        panels[0].set_ylabel("mean relative layer error")
+            axes.set_ylabel("layer error")
+        panels[-1].set_xlabel("calibration windows")
         legend_below(canvas, panels[0])
 
     return Figure(
@@ -331,5 +346,5 @@ def _calibration_figure(rows: tuple[Row, ...]) -> Figure:
         ("solver", "calibration", "windows", "layers", "calibration error", "held-out error"),
         rows,
         draw,
-        (7.4, 4.4),
+        0.6 + 2.2 * len(series(rows, 1)),
     )

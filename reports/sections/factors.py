@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from ..axes import legend_below, numbers, plain_log, series
 from ..figures import Figure
 from ..palette import style
 from ..study_data import pattern_name
-from ..tables import Row
+from ..tables import Row, span
 from .ablations import INFINITE, show_swaps, swaps_allowed
 
 
@@ -113,38 +114,55 @@ def factor_figure(models: Sequence[ModelRecord], factor: Factor) -> Figure | Non
 
     def draw(canvas: Canvas, rows: tuple[Row, ...]) -> None:
         ticks = sorted({str(row[1]) for row in rows}, key=factor.order)
-        left, right = canvas.subplots(1, 2)
+        above, below = canvas.subplots(2, 1, sharex=True)
         for index, (label, points) in enumerate(series(rows).items()):
             look = style(index)
             x = [ticks.index(str(point[1])) for point in points]
-            left.plot(
+            above.plot(
                 x, numbers(points, 3), look.mark + ":", color=look.colour, fillstyle="none", linewidth=1.2
             )
-            left.plot(x, numbers(points, 4), look.mark + look.line, color=look.colour)
-            right.plot(
+            above.plot(x, numbers(points, 4), look.mark + look.line, color=look.colour)
+            below.plot(
                 x, numbers(points, 5 if causal else 6), look.mark + look.line, color=look.colour, label=label
             )
-        for axes in (left, right):
-            axes.set_xticks(range(len(ticks)), ticks, rotation=30 if max(map(len, ticks)) > 6 else 0)
-            axes.margins(x=0.1)
-            axes.set_xlabel(factor.title)
-        left.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-        left.set_title("mean relative layer error", loc="left")
-        right.set_title("perplexity" if causal else "1 − mean cosine", loc="left")
+        below.set_xticks(range(len(ticks)), ticks, rotation=30 if max(map(len, ticks)) > 12 else 0)
+        below.margins(x=0.1)
+        below.set_xlabel(factor.title)
+        above.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+        above.set_title("mean relative layer error", loc="left")
+        below.set_title("perplexity" if causal else "1 − mean cosine", loc="left")
         if causal:
-            right.set_yscale("log")
-            plain_log(right.yaxis)
-        legend_below(canvas, right, 2)
+            below.set_yscale("log")
+            plain_log(below.yaxis)
+        legend_below(canvas, below, 2)
 
     return Figure(
         f"model-{factor.name}",
         f"Whole models against {factor.title}",
-        "Left: layer error, dotted on the calibration text, solid on held-out text. Right: what it does "
+        "Above: layer error, dotted on the calibration text, solid on held-out text. Below: what it does "
         "to the model. Everything else is the same along a line; each mark is the mean over the seeds.",
         ("run", factor.title, "seeds", "calibration error", "held-out error", "perplexity", "1 - cosine"),
         tuple(rows),
         draw,
-        (7.4, 4.4 + 0.2 * max(0, len(chosen) - 10)),  # room for the legend
+        5.0,
+    )
+
+
+def factor_text(figure: Figure) -> str:
+    """Which value of the factor is best most often, and how much there is between the best and the worst."""
+    best: list[str] = []
+    spreads = []
+    for points in series(figure.rows).values():
+        lost = [
+            one if math.isnan(other) else other
+            for one, other in zip(numbers(points, 6), numbers(points, 5), strict=True)
+        ]
+        best.append(str(points[lost.index(min(lost))][1]))
+        spreads.append(max(lost) / min(lost) - 1)
+    value = max(dict.fromkeys(best), key=best.count)
+    return (
+        f"{figure.header[1].capitalize()}: {value} is best in {best.count(value)} of {len(best)} lines; the "
+        f"worst value has {span(spreads, '.1%')} more perplexity or distance than the best one."
     )
 
 

@@ -14,7 +14,7 @@ from ..figures import Figure
 from ..page import Section
 from ..palette import style
 from ..study_data import Bools, StudyData, pattern_name, pattern_order
-from ..tables import Cell, Column, Row, Table
+from ..tables import Cell, Column, Row, Table, span
 from .ablations import INFINITE, show_swaps, swaps_allowed
 
 WITH, WITHOUT = "OneSwap(", "AdditiveSwap("
@@ -51,9 +51,10 @@ def interaction_section(data: StudyData, models: Sequence[ModelRecord]) -> Secti
     if runs:
         items.append(_model_table(runs))
     text = (
+        *_text(rows),
+        *_model_text(runs),
         "The ablation chooses the weight to prune and the weight to restore as if their effects added up, "
         "without −2 w_u w_p G_up; its errors are true errors.",
-        *_text(rows),
     )
     return Section("The interaction term", text, tuple(items))
 
@@ -197,7 +198,6 @@ def _figure(rows: tuple[Row, ...]) -> Figure:
         ),
         rows,
         draw,
-        (7.2, 4.8),
     )
 
 
@@ -224,6 +224,24 @@ def _model_row(record: ModelRecord) -> Row:
         record.model, pattern_name(record.pattern), record.fitted, record.label, record.error,
         record.held_out_error, *quality,
     )  # fmt: skip
+
+
+def _model_text(rows: Sequence[Row]) -> list[str]:
+    """How the layer error of whole models changes without the term."""
+    changes = []
+    base: Row | None = None
+    for row in rows:
+        if base is None or row[:3] != base[:3]:
+            base = row
+        else:
+            changes.append(numbers([row], 4)[0] / numbers([base], 4)[0] - 1)
+    if not changes:
+        return []
+    larger = sum(change > 0 for change in changes)
+    return [
+        f"Whole models: without the term the layer error is larger in {larger} of {len(changes)} runs, "
+        f"{span(changes, '+.1%')}."
+    ]
 
 
 def _model_table(rows: Sequence[Row]) -> Table:

@@ -97,11 +97,7 @@ def _run_rows(run: ModelRecord, name: str, layers: Sequence[_Layer]) -> list[Row
 
 
 def _text(rows: Sequence[Row]) -> list[str]:
-    text = [
-        "Each layer's error is set against a proven lower bound for the inputs that the layer received in "
-        "the same run: no mask of the pattern has a smaller error than the bound. So the certified gap is at "
-        "least the true gap, and most of it is the bound's own weakness where rows are wide."
-    ]
+    text = []
     whole = [row for row in rows if row[3] == ALL_KINDS]
     for model, pattern in dict.fromkeys((str(row[0]), str(row[1])) for row in whole):
         members = [row for row in whole if row[:2] == (model, pattern)]
@@ -113,6 +109,11 @@ def _text(rows: Sequence[Row]) -> list[str]:
             f"that **{best[2]}** leaves in a layer on average, from {numbers([least], 7)[0]:.1%} "
             f"({least[3]}) to {numbers([most], 7)[0]:.1%} ({most[3]})."
         )
+    text.append(
+        "Each layer's error is set against a proven lower bound for the inputs that the layer received in "
+        "the same run: no mask of the pattern has a smaller error than the bound. So the certified gap is at "
+        "least the true gap, and most of it is the bound's own weakness where rows are wide."
+    )
     return text
 
 
@@ -153,9 +154,7 @@ def _figure(model: str, rows: Sequence[Row]) -> Figure | None:
     def draw(canvas: Canvas, rows: tuple[Row, ...]) -> None:
         panels = canvas.subplots(1, 2, sharey=True)
         runs = series(rows)
-        for axes, column, title in zip(
-            panels, (3, 4), ("mean relative layer error", "mean certified gap"), strict=True
-        ):
+        for axes, column, title in zip(panels, (3, 4), ("layer error", "certified gap"), strict=True):
             for index, (label, points) in enumerate(runs.items()):
                 look = style(index)
                 # beside each other, so that equal values do not hide each other
@@ -164,7 +163,7 @@ def _figure(model: str, rows: Sequence[Row]) -> Figure | None:
                 axes.plot(numbers(points, column), y, look.mark, color=look.colour, label=label)
             axes.set_title(title, loc="left")
             axes.set_xlim(left=0)
-            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.xaxis.set_major_locator(MaxNLocator(3))
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         widths = {str(row[1]): row[2] for row in rows}
         panels[0].set_yticks(
@@ -177,11 +176,11 @@ def _figure(model: str, rows: Sequence[Row]) -> Figure | None:
     return Figure(
         f"certified-layers-{stem}",
         f"{model}, {pattern}: error and certified gap by layer type",
-        "Left: layer error, by layer type with its width. Right: the share of it that other masks could "
+        "Left: mean layer error, by layer type with its width. Right: the share of it that other masks could "
         "save at most. Methods that lie apart on the left and close together on the right differ less than "
         "the bound can tell.",
         ("run", "layer type", "cols", "mean layer error", "mean certified gap"),
         chosen,
         draw,
-        (7.4, max(3.0, 1.6 + 0.5 * len(kinds))),
+        max(2.4, 0.9 + 0.4 * len(kinds)),
     )

@@ -10,14 +10,14 @@ from matplotlib.figure import Figure as Canvas
 
 from ...records.study import LayerBoundRecord, ModelLayer, ModelRecord
 from ..axes import legend_below, numbers, plain_log, series
-from ..demo import DemoLayer, layer_error_map
+from ..demo import DemoLayer, layer_error_map, layer_text
 from ..figures import Figure
 from ..page import Section
 from ..palette import INK, NEUTRAL, style
 from ..study_data import file_stem, pattern_name, pattern_order
-from ..tables import Column, Row, Table
+from ..tables import Column, Row, Table, span
 from .ablations import swaps_allowed
-from .factors import FACTORS, factor_figure, factor_of
+from .factors import FACTORS, factor_figure, factor_of, factor_text
 from .model_bounds import model_bounds_section
 
 # Runs that a legend tells apart; with more of them, one sign stands for all runs of a solver.
@@ -90,12 +90,15 @@ def model_sections(
         )
     figures = tuple(figure for factor in FACTORS if (figure := factor_figure(done, factor)) is not None)
     if figures:
-        sections.append(Section("One thing at a time", (), figures))
+        text = tuple(factor_text(figure) for figure in figures)
+        sections.append(Section("One thing at a time", text, figures))
     maps = tuple(
         figure for name, members in by_model.items() if (figure := _map(name, members, layers)) is not None
     )
     if maps:
-        sections.append(Section("Layers", (), maps))
+        sections.append(
+            Section("Layers", tuple(f"{figure.title}. {layer_text(figure.rows)}" for figure in maps), maps)
+        )
     return sections
 
 
@@ -149,11 +152,11 @@ def model_table(models: Sequence[ModelRecord], names: dict[str, str]) -> Table:
 
 
 def _model_text(models: Sequence[ModelRecord], names: dict[str, str]) -> list[str]:
-    text = []
     groups: dict[tuple[str, str], list[ModelRecord]] = {}
     for record in _sorted(models, names):
         if quality(record) is not None:
             groups.setdefault((record.model, record.pattern), []).append(record)
+    text = _winner_text(list(groups.values()))
     for (model, pattern), members in groups.items():
         if len(members) < 2:
             continue
@@ -173,6 +176,30 @@ def _model_text(models: Sequence[ModelRecord], names: dict[str, str]) -> list[st
             )
         text.append(sentence + ".")
     return text
+
+
+def _winner_text(groups: Sequence[Sequence[ModelRecord]]) -> list[str]:
+    """The solver whose runs make the best models most often, and how far the next solver's are behind.
+
+    Args:
+        groups: the runs of each model and pattern.
+    """
+    leads: dict[str, list[float]] = {}
+    for members in groups:
+        best: dict[str, float] = {}
+        for record in members:
+            best[record.label] = min(best.get(record.label, math.inf), quality(record) or 0.0)
+        ranked = sorted(best, key=lambda label: best[label])
+        if len(ranked) > 1 and best[ranked[0]] > 0:
+            leads.setdefault(ranked[0], []).append(best[ranked[1]] / best[ranked[0]] - 1)
+    if not leads:
+        return []
+    label = max(leads, key=lambda label: len(leads[label]))
+    cases = sum(map(len, leads.values()))
+    return [
+        f"The best model comes from **{label}** in {len(leads[label])} of {cases} cases (model and pattern); "
+        f"the next solver's has {span(leads[label], '.1%')} more perplexity or distance there."
+    ]
 
 
 def error_against_quality(model: str, models: Sequence[ModelRecord]) -> Figure | None:
@@ -241,7 +268,7 @@ def error_against_quality(model: str, models: Sequence[ModelRecord]) -> Figure |
         ("run", "pattern", "layer error", "held-out error", "quality", "dense perplexity"),
         rows,
         draw,
-        (7.2, 5.0),
+        3.6,
     )
 
 

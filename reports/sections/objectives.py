@@ -17,7 +17,7 @@ from ..figures import Figure
 from ..page import Section
 from ..palette import NEUTRAL, style
 from ..study_data import file_stem, pattern_name, pattern_order
-from ..tables import Column, Row, Table
+from ..tables import Column, Row, Table, span
 from .model_results import quality
 
 # The group of methods that change kept weights, which no table mixes with masks.
@@ -197,13 +197,16 @@ def _table(rows: Sequence[Row], updated: bool) -> Table:
 
 def _text(rows: Sequence[Row]) -> list[str]:
     """The best method of each model and pattern, and methods whose gain is not shown everywhere."""
-    text = []
     groups: dict[tuple[object, object], list[Row]] = {}
     for row in rows:
         groups.setdefault((row[0], row[1]), []).append(row)
-    for (model, pattern), members in groups.items():
-        best = min(members, key=lambda row: numbers([row], 4)[0])
-        sentence = f"{model}, {pattern}: best is **{best[2]}** ({numbers([best], 4)[0]:.4g}"
+    winners = [min(members, key=lambda row: numbers([row], 4)[0]) for members in groups.values()]
+    text = _winner_text(winners) if len(winners) > 1 else []
+    for (model, pattern), best in zip(groups, winners, strict=True):
+        value, low, high = (numbers([best], column)[0] for column in (4, 5, 6))
+        sentence = f"{model}, {pattern}: best is **{best[2]}** ({value:.4g}"
+        if low < high:
+            sentence += f", 95% interval {low:.4g} to {high:.4g}"
         if best[14] is not None:
             sentence += f", dense {numbers([best], 14)[0]:.4g}"
         if best[7] is not None:
@@ -226,6 +229,19 @@ def _text(rows: Sequence[Row]) -> list[str]:
                 f"{where}."
             )
     return text
+
+
+def _winner_text(winners: Sequence[Row]) -> list[str]:
+    """The method that is best most often, and by how much."""
+    methods = [str(row[2]) for row in winners]
+    best = max(dict.fromkeys(methods), key=methods.count)
+    changes = [
+        value for value in numbers([row for row in winners if row[2] == best], 7) if not math.isnan(value)
+    ]
+    text = f"**{best}** is the best in {methods.count(best)} of {len(winners)} cases (model and pattern)"
+    if changes:
+        text += f", there {span(changes, '+.1%')} against plain 1-swap (perplexity or distance)"
+    return [text + "."]
 
 
 def _figure(model: str, rows: Sequence[Row], updated: bool) -> Figure:
@@ -281,5 +297,5 @@ def _figure(model: str, rows: Sequence[Row], updated: bool) -> Figure:
         ),
         tuple(rows),
         draw,
-        (7.2, 6.0),
+        4.0,
     )

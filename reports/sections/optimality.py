@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import NullLocator, PercentFormatter
 
-from ..axes import gap_scale, legend_below, numbers, series
+from ..axes import LABEL_WIDTH, gap_scale, legend_below, numbers, series
 from ..figures import Figure
 from ..page import Section
 from ..palette import style
 from ..statistics import bootstrap_interval, ecdf
 from ..study_data import OPTIMAL, StudyData, is_per_row, pattern_name, pattern_order
-from ..tables import Cell, Column, Row, Table
+from ..tables import Cell, Column, Row, Table, span
 
 # Points of a distribution function that are drawn; more cannot be seen.
 CURVE_POINTS = 200
@@ -25,24 +28,38 @@ def optimality_section(data: StudyData) -> Section | None:
     if not proven.any():
         return None
     table = gap_table(data)
-    best, worst = data.main_labels[-1], data.main_labels[0]
     text = [
+        *_finding(data, table),
         f"{int(data.proven.sum())} of {len(data.reference)} matrix rows have a mask that is proven to be "
         "optimal. "
         "The **gap** of a mask is the share of its error that the optimal mask would not have: "
-        "(error − optimum) / error."
+        "(error − optimum) / error.",
     ]
-    summary = {str(row[0]): row for row in table.rows}
-    for label in (worst, best):
-        if label in summary:
-            row = summary[label]
-            gaps = numbers([row], 3)[0], numbers([row], 2)[0]
-            text.append(f"{label}: mean gap {gaps[0]:.2%}, optimal in {gaps[1]:.0%} of the proven rows.")
     figures: list[Table | Figure] = [table, gap_distribution(data), gap_ecdf(data)]
     by_size = gap_by_size(data)
     by_pattern = gap_by_pattern(data)
     figures += [figure for figure in (by_size, by_pattern) if figure is not None]
     return Section("Distance to the optimum", tuple(text), tuple(figures))
+
+
+def _finding(data: StudyData, table: Table) -> list[str]:
+    """Who comes closest to the optimum without proving it, who follows, and who is furthest away."""
+    found = {str(row[0]): numbers([row], 3)[0] for row in table.rows if row[0] in data.inexact_labels}
+    ranked = sorted(found, key=lambda label: found[label])
+    if not ranked:
+        return []
+    row = next(row for row in table.rows if row[0] == ranked[0])
+    share, _, low, high = (numbers([row], column)[0] for column in range(2, 6))
+    among = "Among solvers that prove no optimum, " if data.inexact_labels != data.main_labels else ""
+    text = (
+        f"{among}**{ranked[0]}** comes closest: its mean gap to the optimum is {found[ranked[0]]:.2%} (95% "
+        f"interval {low:.2%} to {high:.2%}), and it is optimal in {share:.0%} of {row[1]} proven rows"
+    )
+    if len(ranked) > 1:
+        text += f"; {ranked[1]} follows with {found[ranked[1]]:.2%}"
+    if len(ranked) > 2:
+        text += f", and {ranked[-1]} is furthest away with {found[ranked[-1]]:.2%}"
+    return [text + "."]
 
 
 def gap_table(data: StudyData) -> Table:
@@ -110,7 +127,7 @@ def gap_distribution(data: StudyData) -> Figure:
             )
             axes.plot([middle], [index], "|", color=look.colour, markersize=16, markeredgewidth=2.5)
             axes.plot([mean], [index], look.mark, color=look.colour)
-        axes.set_yticks(range(len(rows)), [str(row[0]) for row in rows])
+        axes.set_yticks(range(len(rows)), [textwrap.fill(str(row[0]), LABEL_WIDTH) for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         gap_scale(axes, "x", max([*numbers(rows, 5), 0.0]))
@@ -124,7 +141,7 @@ def gap_distribution(data: StudyData) -> Figure:
         ("solver", *(f"{quantile:g} quantile" for quantile in QUANTILES), "mean"),
         tuple(rows),
         draw,
-        (7.2, 1.4 + 0.36 * max(len(rows), 3)),
+        0.8 + 0.4 * max(len(rows), 3),
     )
 
 
@@ -169,7 +186,6 @@ def gap_ecdf(data: StudyData) -> Figure:
         ("solver", "gap", "share of rows"),
         tuple(rows),
         draw,
-        (7.2, 4.8),
     )
 
 
@@ -205,7 +221,6 @@ def gap_by_size(data: StudyData) -> Figure | None:
         ("solver", "cols", "mean gap", "from", "to", "rows"),
         tuple(rows),
         draw,
-        (7.2, 4.6),
     )
 
 
@@ -241,7 +256,6 @@ def gap_by_pattern(data: StudyData) -> Figure | None:
         ("solver", "pattern", "mean gap", "from", "to", "rows"),
         tuple(rows),
         draw,
-        (7.2, 4.6),
     )
 
 
@@ -293,11 +307,25 @@ def bounds_section(data: StudyData) -> Section | None:
     return Section(
         "Certified gaps",
         (
+            _certified_text(data, [row for row in rows if row[0] == data.inexact_labels[-1]]),
             "Where no optimum is known, the gap to a proven lower bound is an upper bound on the true gap. "
             "Beside it stands the true gap on the rows where the optimum is proven.",
         ),
         tuple(item for item in (_bound_table(data), _certified_figure(tuple(rows))) if item is not None),
     )
+
+
+def _certified_text(data: StudyData, rows: Sequence[Row]) -> str:
+    """What is certified of the best solver that proves no optimum, and what is true."""
+    label = data.inexact_labels[-1]
+    certified, true = numbers(rows, 3), [value for value in numbers(rows, 5) if not np.isnan(value)]
+    text = (
+        f"Bounds certify that other masks could save at most {span(certified, '.1%')} of the error of "
+        f"**{label}**, on average over the rows of one width"
+    )
+    if true:
+        text += f"; where the optimum is known it saves {span(true, '.1%')}"
+    return text + "."
 
 
 def _bound_table(data: StudyData) -> Table | None:
@@ -346,7 +374,7 @@ def _certified_figure(rows: tuple[Row, ...]) -> Figure:
     """Certified and true gap against the width, one panel for each."""
 
     def draw(canvas: Canvas, rows: tuple[Row, ...]) -> None:
-        panels = canvas.subplots(1, 2, sharey=True)
+        panels = canvas.subplots(2, 1, sharex=True)
         sizes = sorted(set(numbers(rows, 1)))
         for axes, column, title in zip(
             panels, (3, 5), ("certified (all rows)", "true (proven rows)"), strict=True
@@ -358,22 +386,23 @@ def _certified_figure(rows: tuple[Row, ...]) -> Figure:
                     look.mark + look.line, color=look.colour, label=label,
                 )  # fmt: skip
             axes.set_xscale("log", base=2)
-            axes.set_xticks(sizes, [f"{size:g}" for size in sizes], rotation=60 if len(sizes) > 6 else 0)
+            axes.set_xticks(sizes, [f"{size:g}" for size in sizes], rotation=60 if len(sizes) > 10 else 0)
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.set_title(title, loc="left")
-            axes.set_xlabel("weights in a row")
+            axes.set_ylabel("mean gap")
         for axes in panels:
             gap_scale(axes, "y")
-        panels[0].set_ylabel("mean gap")
+        panels[1].set_xlabel("weights in a row")
         legend_below(canvas, panels[0])
 
     return Figure(
         "certified-gap",
         "Certified gap beside the true gap",
-        "Left: what can be certified, an upper bound on the true gap. Right: the true gap where the "
+        "Above: what can be certified, an upper bound on the true gap. Below: the true gap where the "
         "optimum is "
         "proven. The distance between the panels is what the bound loses, not what the mask loses.",
         ("solver", "cols", "rows", "mean certified gap", "proven rows", "mean true gap"),
         rows,
         draw,
-        (7.4, 4.6),
+        5.0,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
@@ -26,11 +27,13 @@ def timing_section(data: StudyData) -> Section | None:
     """Time and quality together; None without rows."""
     if not data.main_labels:
         return None
-    items: list[Table | Figure] = [gap_against_time(data)]
+    speed = gap_against_time(data)
+    items: list[Table | Figure] = [speed]
     proven = data.proven[data.instance]
     text = [
+        _speed_text(data, speed.rows),
         "Seconds are wall-clock time of one process on the machine named below, per matrix row; the start of "
-        "the process is not counted."
+        "the process is not counted.",
     ]
     if proven.any():
         text.append(
@@ -45,6 +48,26 @@ def timing_section(data: StudyData) -> Section | None:
     curve = gap_over_time(data)
     items += [curve] if curve is not None else []
     return Section("Time", tuple(text), tuple(items))
+
+
+def _speed_text(data: StudyData, rows: Sequence[Row]) -> str:
+    """Gap and seconds of the best solver, of the best that proves no optimum, and of the fastest."""
+    found = {str(row[0]): (numbers([row], 1)[0], numbers([row], 2)[0]) for row in rows}
+    best = min(found, key=lambda label: (found[label][1], found[label][0]))
+    inexact = min(
+        (label for label in found if label in data.inexact_labels),
+        key=lambda label: found[label][1],
+        default=best,
+    )
+    fastest = min(found, key=lambda label: found[label][0])
+    named = {fastest: "is the fastest", inexact: "is the best without a proof", best: "comes closest"}
+    return (
+        "; ".join(
+            f"{label} {what}: mean gap {found[label][1]:.2%} in {found[label][0]:.3g} s per row"
+            for label, what in reversed(named.items())
+        )
+        + "."
+    )
 
 
 def _row_limit(data: StudyData, label: str) -> float:
@@ -149,7 +172,6 @@ def gap_against_time(data: StudyData) -> Figure:
         ("solver", "mean seconds per row", "mean gap"),
         tuple(rows),
         draw,
-        (7.2, 4.8),
     )
 
 
@@ -206,7 +228,6 @@ def profile_figure(data: StudyData) -> Figure | None:
         ("solver", "tau", "share of rows"),
         tuple(rows),
         draw,
-        (7.2, 4.8),
     )
 
 
@@ -236,7 +257,7 @@ def gap_over_time(data: StudyData) -> Figure | None:
             rows.append((label, float(second), float(mean), float(max(proof, 0.0))))
 
     def draw(canvas: Canvas, rows: tuple[Row, ...]) -> None:
-        panels = canvas.subplots(1, 2, sharey=True)
+        panels = canvas.subplots(2, 1, sharex=True)
         for axes, column, title in zip(
             panels, (2, 3), ("to the best known mask", "to its own bound"), strict=True
         ):
@@ -248,22 +269,22 @@ def gap_over_time(data: StudyData) -> Figure | None:
                 )  # fmt: skip
             axes.set_xscale("log")
             axes.set_title(title, loc="left")
-            axes.set_xlabel("seconds")
+            axes.set_ylabel("mean gap of the layer")
         for axes in panels:
             gap_scale(axes, "y")
-        panels[0].set_ylabel("mean gap of the layer")
+        panels[1].set_xlabel("seconds")
         legend_below(canvas, panels[0])
 
     return Figure(
         "gap-over-time",
         "Gap over time",
-        "Mean over problems, for solvers that record a trace. Left: gap of the incumbent to the best "
+        "Mean over problems, for solvers that record a trace. Above: gap of the incumbent to the best "
         "known mask. "
-        "Right: gap to the solver's own bound, which reaches zero when everything is proven.",
+        "Below: gap to the solver's own bound, which reaches zero when everything is proven.",
         ("solver", "seconds", "mean primal gap", "mean gap to its bound"),
         tuple(rows),
         draw,
-        (7.4, 4.2),
+        5.0,
     )
 
 
@@ -304,4 +325,9 @@ def cost_section(data: StudyData) -> Section | None:
         ),
         tuple(rows),
     )
-    return Section("Cost", (), (table,))
+    cheapest, dearest = (pick(rows, key=lambda row: numbers([row], 4)[0]) for pick in (min, max))
+    text = (
+        f"{cheapest[0]} costs least, {cheapest[4]:.3g} seconds per million weights, and {dearest[0]} most, "
+        f"{dearest[4]:.3g}."
+    )
+    return Section("Cost", (text,), (table,))

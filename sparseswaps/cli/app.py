@@ -71,7 +71,7 @@ COMMANDS = {
     ),
     "demo": (
         "demo",
-        "Prune the bundled model with magnitude, Wanda, 1-swap, and 1-swap with drift; compare them.",
+        "Prune a small model with Wanda, 1-swap and others; compare them in a table and a report.",
     ),
 }
 

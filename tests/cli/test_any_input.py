@@ -230,6 +230,7 @@ def command_lines(folder: Path) -> st.SearchStrategy[Line]:
         st.binary(max_size=99).map(lambda text: (["report", at["given"], "--out", out], {"given": text})),
         lines("zero-shot", gone, counts, WORDS.map(lambda text: f"--device={text}")),
         lines("demo", "--out", places),
+        lines("demo", "--out", out, NASTY.map(lambda text: f"--model={text}")),
         lines(
             st.sampled_from(["prune", "solve", "report", "nothing", "solvers"]),
             NASTY.map(lambda text: f"--{text}"),

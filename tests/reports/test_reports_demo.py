@@ -2,10 +2,12 @@
 
 import csv
 import re
+from dataclasses import replace
 
+import browser
 import pytest
 
-from sparseswaps.reports import DemoLayer, DemoMethod, write_demo_report
+from sparseswaps.reports import DemoLayer, DemoMethod, DemoText, Fact, write_demo_report
 
 METHODS = [
     DemoMethod("Wanda", 0.2, 0.22, 21.0, 4.5, 1.5),
@@ -82,3 +84,40 @@ def test_a_layer_of_an_unknown_method_is_refused(tmp_path):
         write_demo_report(tmp_path, METHODS, [DemoLayer("RIA", "a", 0, "q", 0.1, 0.1, 0.1)])
     with pytest.raises(ValueError, match="0 layers"):
         write_demo_report(tmp_path, METHODS, [])
+
+
+TEXTS = [
+    DemoText(
+        "Once", {"dense model": "upon a time there", "Wanda": "upon the\n\nhill", "1-swap": "upon a hill"}
+    ),
+    DemoText("The", {"dense model": "end", "Wanda": "a", "1-swap": "a"}),
+]
+
+
+def test_continuations_stand_side_by_side(tmp_path):
+    page = write_demo_report(tmp_path, METHODS, LAYERS, texts=TEXTS).read_text()
+    # the first word and "upon a" are shared, of the four words and the one of the dense model
+    assert "1-swap follows the dense model longest." in page
+    assert "of 5 after 2 prompts: 2 of 1-swap, 1 of Wanda." in page
+    with (tmp_path / "tables" / "continuations.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["prompt", "dense model", "Wanda", "1-swap"]
+    assert rows[1][2] == "upon the hill"
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_the_page_fits_on_the_screen(tmp_path, width):
+    facts = [Fact("versions", "sparseswaps 0.1.0, torch 2.13.0, transformers 5.24.0"), Fact("windows", "16")]
+    methods = [replace(METHODS[0], label="one-very-long-name-of-a-method, without any drift"), *METHODS[1:]]
+    layers = [
+        replace(layer, method=methods[0].label) if layer.method == "Wanda" else layer for layer in LAYERS
+    ]
+    browser.check_fits(
+        write_demo_report(tmp_path, methods, layers, facts=facts, texts=TEXTS), tmp_path, width
+    )
+
+
+def test_the_text_on_layers_by_hand(tmp_path):
+    # errors fall from 0.2, 0.21, 0.22 to 0.12, 0.13, 0.14 in both layer types
+    page = write_demo_report(tmp_path, METHODS, LAYERS).read_text()
+    assert "drift &amp; more has a lower error than Wanda in 6 of 6 layers: -40% to -36%, -38% in the" in page

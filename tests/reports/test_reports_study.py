@@ -3,12 +3,12 @@
 import csv
 import math
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import browser
 import pytest
 from study_rows import FAILED, study_rows
 
@@ -253,26 +253,16 @@ def test_a_hundred_thousand_rows_take_less_than_half_a_minute_and_a_gigabyte(tmp
     assert (tmp_path / "index.html").stat().st_size < 2e6
 
 
-def chromium():
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        if path := shutil.which(name):
-            return path
-    pytest.skip("no browser found: expected chromium on the path")
-    return None
-
-
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (400, True)])
 def test_a_real_browser_shows_the_page_without_an_error(report, tmp_path, width, dark):
-    browser = chromium()
     shot = tmp_path / "shot.png"
-    command = [
-        browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--enable-logging=stderr", "--v=0", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}",
-        f"--window-size={width},4000", f"--screenshot={shot}",
+    result = browser.run(
+        tmp_path,
+        f"--window-size={width},4000",
+        f"--screenshot={shot}",
         *(["--blink-settings=preferredColorScheme=0"] if dark else []),
         (report / "index.html").as_uri(),
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    )
     assert result.returncode == 0, result.stderr[-500:]
     errors = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
     assert not errors
@@ -283,3 +273,16 @@ def test_a_real_browser_shows_the_page_without_an_error(report, tmp_path, width,
     assert picture[..., :3].std() > 0.02
     corner = float(picture[2, 2, :3].mean())
     assert corner < 0.2 if dark else corner > 0.9
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_the_page_fits_on_the_screen(report, tmp_path, width):
+    browser.check_fits(report / "index.html", tmp_path, width)
+
+
+def test_every_section_begins_with_what_was_found(report):
+    page = (report / "index.html").read_text()
+    first = dict(re.findall(r"<h2[^>]*>(.*?)</h2>\n<p>(.*?)</p>", page))
+    assert set(first) == set(re.findall(r"<h2[^>]*>(.*?)</h2>", page))
+    for title, text in first.items():
+        assert title == "Definitions and setup" or re.search(r"\d", text), title
