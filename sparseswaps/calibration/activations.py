@@ -21,6 +21,7 @@ from ..errors import InvalidModelError
 from ..models.blocks import Block, PrunableLayer, device_of, output_head
 from ..models.inputs import Samples, forward_inputs
 from ..models.offload import Residence
+from ..models.outputs import same_but_for_rounding
 from .products import ExpertObserver, with_contracted_axes
 from .store import TensorStore
 
@@ -298,7 +299,7 @@ def can_skip(model: nn.Module, blocks: Sequence[Block], windows: Samples) -> boo
         expected = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
         found = stream._store.tensors(place)
         if len(expected) != len(found) or not all(
-            _same_but_for_rounding(a.cpu(), b) for a, b in zip(expected, found, strict=True)
+            same_but_for_rounding(a.cpu(), b) for a, b in zip(expected, found, strict=True)
         ):
             return False
     return True
@@ -311,22 +312,6 @@ def _modules_of(block: Block) -> list[nn.Module]:
 def _keeping(kept: dict[tuple[int, int], Any], place: tuple[int, int]) -> Callable[..., None]:
     """A forward hook that remembers what the module returns."""
     return lambda _module, _inputs, output: kept.__setitem__(place, output)
-
-
-def _same_but_for_rounding(one: Tensor, other: Tensor) -> bool:
-    """Whether two results of the same computation differ by rounding alone; NaN is like NaN.
-
-    Threads and batches change the order of sums, which some dozen layers make larger: the square root of the
-    dtype's precision, of the largest entry, is left to it (3e-4 in float32). What a block does not hand on
-    through its output changes far more.
-    """
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    size = float(one.nan_to_num(0.0, 0.0, 0.0).abs().amax()) if one.numel() else 0.0
-    slack = size * torch.finfo(one.dtype).eps ** 0.5
-    return torch.allclose(one, other, rtol=0.0, atol=slack, equal_nan=True)
 
 
 def stream_through(
