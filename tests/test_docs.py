@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
 import os
@@ -153,12 +154,20 @@ def test_the_site_builds_without_warnings_and_loads_nothing_from_elsewhere(tmp_p
         loaded = re.findall(r"<(?:script|img|iframe)[^>]*\ssrc=\"([^\"]+)\"", text)
         loaded += re.findall(r"<link[^>]*rel=\"(?:stylesheet|preconnect|icon)\"[^>]*href=\"([^\"]+)\"", text)
         assert not [address for address in loaded if "//" in address], page
+        assert "arithmatex" not in text, page  # each formula is MathML
     listed = (tmp_path / "site" / "published" / "index.html").read_text(encoding="utf-8")
     for rows in (documents.ROOT / "reports" / "published").glob("*/rows"):
         report = tmp_path / "site" / "published" / rows.parent.name
         assert f'href="{rows.parent.name}/"' in listed
+        twin = (rows.parent / "README.md").read_text(encoding="utf-8")
+        finding = twin.partition("\n## ")[2].split("\n\n")[1]
+        assert finding.replace("**", "") in html.unescape(re.sub(r"<[^>]*>", "", listed))
         assert "<figure" in (report / "index.html").read_text(encoding="utf-8")
         assert len(list(report.glob("figures/*.png"))) == len(list(report.glob("figures/*.svg"))) > 0
+    assert listed.count("<svg") >= len(list((documents.ROOT / "reports" / "published").glob("*/rows")))
+    front = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    assert "Wanda" in front[front.index("<figure") : front.index("</figure>")]
+    assert front.count("<math") >= 4
     reference = (tmp_path / "site" / "reference" / "solvers" / "index.html").read_text(encoding="utf-8")
     for name in ("OneSwap", "AdditiveSwap", "BranchAndBound", "max_swaps"):
         assert name in reference
