@@ -37,13 +37,11 @@ MARKER = re.compile(r"^<!-- measured: ([a-z-]+) -->$", re.MULTILINE)
 LIST = "<!-- published -->"
 # What arithmatex makes of $...$ and of $$...$$.
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
-# Methods of the study of objectives on the front page, and what they are called there.
+# Methods of the study of SmolLM2 on the front page, and what they are called there.
 FRONT = {
     "Wanda": "Wanda",
     "1-swap": "1-swap, the paper's error",
     "1-swap, drift 0.75, residual 0.5": "1-swap, as by default",
-    "1-swap, drift 0.75, residual 0.5, metric": "with output metric",
-    "1-swap, drift 0.75, residual 0.5, metric, refinement 1": "refined once",
 }
 
 
@@ -80,8 +78,8 @@ def measured(name: str) -> str:
 
 
 def front_figure() -> Figure:
-    """Perplexity of one model at 50 % after each of a few methods, from the study of objectives."""
-    with (PUBLISHED / "objectives" / "figures" / "objectives-stories260k.csv").open(encoding="utf-8") as file:
+    """Perplexity of SmolLM2-135M at 50 % after each of a few methods."""
+    with (PUBLISHED / "smollm2" / "figures" / "objectives-smollm2-135m.csv").open(encoding="utf-8") as file:
         found = {row["method"]: row for row in csv.DictReader(file) if row["pattern"] == "50%"}
     columns = ("quality", "quality from", "quality to", "dense")
     rows: list[Row] = [
@@ -110,7 +108,7 @@ def front_figure() -> Figure:
     return Figure(
         "front",
         "Perplexity after pruning",
-        f"stories260K with half of its weights pruned and no other changed: means over {rows[0][5]} "
+        f"SmolLM2-135M with half of its weights pruned and no other changed: means over {rows[0][5]} "
         "calibration seeds with 95% intervals. The dashed line is the dense model.",
         ("method", *columns, "seeds"),
         tuple(rows),
