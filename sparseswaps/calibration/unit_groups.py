@@ -145,10 +145,8 @@ def _units_of(
     for consumer in reached:
         sources = _sources(block, consumer, reached)
         dense = probe.outputs(consumer.layer) if sources else []
-        for guesses in (
-            _channels(index, consumer, sources),
-            _heads(index, block, consumer, sources, numbers),
-        ):
+        around = numbers | _numbers_around(block, consumer.layer)
+        for guesses in (_channels(index, consumer, sources), _heads(index, consumer, sources, around)):
             verified = _verified(probe, dense, guesses, flaws)
             found += [group for group in verified if group.kind in kinds]
             if verified:  # of a consumer whose inputs are channels, several of them pass for heads
@@ -213,19 +211,14 @@ def _channels(
 
 
 def _heads(
-    index: int,
-    block: Block,
-    consumer: _Reached,
-    sources: Sequence[Sequence[_Reached]],
-    numbers: set[int],
+    index: int, consumer: _Reached, sources: Sequence[Sequence[_Reached]], numbers: set[int]
 ) -> Iterator[tuple[UnitGroup, ...]]:
     """Guesses at heads whose outputs, side by side, are the consumer's inputs: the smallest heads first.
 
     Several heads in one pass for a head, a part of one does not.
     """
     cols = consumer.layer.weight.shape[1]
-    known = numbers | _numbers_around(block, consumer.layer)
-    fitting = {number for number in known if number > 0 and cols % number == 0}
+    fitting = {number for number in numbers if number > 0 and cols % number == 0}
     counts = {heads for number in fitting for heads in (number, cols // number) if 1 < heads < cols}
     for heads in sorted(counts, reverse=True):
         for number in range(1, min(_STEPS_OF_ATTENTION, len(sources)) + 1):
@@ -236,7 +229,7 @@ def _heads(
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
-    """Rows of a layer that make queries (heads, rows per head), or keys and values (groups, rows per group)."""
+    """Rows of a layer: queries (heads, rows per head), keys and values (groups, rows per group)."""
 
     layer: PrunableLayer
     queries: Tensor | None = None
@@ -270,7 +263,7 @@ def _attentions(
         return
     layer, sharing = producers[0].layer, heads // groups
     order = torch.arange(rows[0])
-    q, k, v = order.split([heads * head_dim, groups * head_dim, groups * head_dim])  # all of each in a row
+    q, k, v = order.tensor_split([heads * head_dim, (heads + groups) * head_dim])  # all of each in a row
     yield sharing, [_Parts(layer, q.view(heads, -1), torch.cat([k.view(groups, -1), v.view(groups, -1)], 1))]
     if sharing > 1:  # [q ... q k v] of each group
         each_group = order.view(groups, -1)
@@ -298,7 +291,7 @@ def _groups(
 
 def _numbers_of(model: nn.Module) -> set[int]:
     """All whole numbers in the model's configuration."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     leaves = pytree.tree_leaves(config.to_dict()) if hasattr(config, "to_dict") else []
     return {leaf for leaf in leaves if type(leaf) is int}
 

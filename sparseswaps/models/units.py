@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .blocks import PrunableLayer
@@ -67,16 +66,3 @@ def bias_of(layer: PrunableLayer) -> Tensor | None:
     """The layer's bias (rows,), a view: writing to it changes the model; None without one."""
     bias = getattr(layer.module, "bias", None) if layer.expert is None else None
     return bias.detach() if isinstance(bias, Tensor) else None
-
-
-def complement(rows: Tensor, kept: Tensor, size: int) -> Tensor:
-    """Which of ``size`` rows or columns stay, ascending: all but those of units that are not kept.
-
-    Args:
-        rows: (units, rows per unit).
-        kept: (units,), bool.
-        size: how many there are, those of no unit included.
-    """
-    stays = torch.ones(size, dtype=torch.bool)
-    stays[rows[~kept].flatten()] = False
-    return stays.nonzero().flatten()

@@ -1,0 +1,339 @@
+"""A model without some of its units, physically smaller, as an ordinary model of its family.
+
+Nothing here knows a model family. Which keys of the configuration hold the sizes is found by trying: those
+with the old value get the new one, and transformers builds the model without weights. A configuration fits if
+every parameter and buffer has the shape that the tensors left over have, and no constant of a module, such as
+the scale of its attention, is another one.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, InvalidModelError, VerificationError
+from .blocks import PrunableLayer, device_of
+from .inputs import Samples, forward_inputs
+from .loading import LoadedModel
+from .offload import OffloadedBlocks, Residence
+from .outputs import output_states, same_but_for_rounding
+from .units import UnitGroup, bias_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Keys of a configuration that hold the sizes of one kind of unit, at most.
+_MOST_KEYS = 4
+# Of a configuration that holds the number of heads, which may be the size of a head as well.
+_SIZES = ("dim", "size")
+
+
+def check_shrinkable(loaded: LoadedModel, groups: Sequence[UnitGroup], kept: Sequence[int]) -> int:
+    """Refuse, before any work, what ``shrunk_model`` could not make; no weight is looked at.
+
+    Args:
+        loaded: the model.
+        groups: from ``find_units``, at most one for each consumer.
+        kept: how many units of each group stay.
+
+    Returns:
+        Parameters of the smaller model, each tied one once.
+
+    Raises:
+        InputError: if these numbers of units cannot be kept.
+        InvalidModelError: if no configuration of the family holds the smaller model.
+    """
+    masks = []
+    for group, count in zip(groups, kept, strict=True):
+        sets = group.units // group.exchangeable
+        if not 0 < count <= group.units or count % sets:
+            raise InputError(
+                f"{group.kind} of block {group.block}: expected to keep from {sets} to {group.units}, a "
+                f"multiple of {sets}, found {count}"
+            )
+        mask = torch.zeros(sets, group.exchangeable, dtype=torch.bool)
+        mask[:, : count // sets] = True
+        masks.append(mask.flatten())
+    skeleton = _skeleton(loaded.model, groups, masks)
+    return sum(parameter.numel() for parameter in skeleton.parameters())
+
+
+def shrunk_model(loaded: LoadedModel, groups: Sequence[UnitGroup], kept: Sequence[Tensor]) -> LoadedModel:
+    """The model without the units that are not kept; with their columns at zero it computes the same.
+
+    Tensors without units are shared with the larger model.
+
+    Args:
+        loaded: the model, whose weights may be offloaded; those of the smaller one are in memory.
+        groups: from ``find_units``, at most one for each consumer.
+        kept: (units,), bool, for each group.
+
+    Raises:
+        InputError: if these units cannot be kept.
+        InvalidModelError: if no configuration of the family holds the smaller model.
+    """
+    for group, mask in zip(groups, kept, strict=True):
+        counts = mask.view(-1, group.exchangeable).sum(1)
+        if not counts.all() or bool((counts != counts[0]).any()):
+            raise InputError(
+                f"{group.kind} of block {group.block}: expected equally many kept of every "
+                f"{group.exchangeable}, and one at least, found {counts.tolist()}"
+            )
+    small: Any = _skeleton(loaded.model, groups, kept)
+    stay = _stay(groups, kept)
+    made: dict[int, Tensor] = {}  # a tied parameter is one parameter
+    for name, tensor in _tensors(loaded.model).items():
+        if id(tensor) not in made:
+            made[id(tensor)] = _left(loaded, name, tensor, stay)
+        place, _, attribute = name.rpartition(".")
+        module = small.get_submodule(place)
+        of = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
+        of[attribute] = made[id(tensor)]
+    generation = getattr(loaded.model, "generation_config", None)
+    if generation is not None:
+        small.generation_config = deepcopy(generation)
+    return replace(loaded, model=small.eval(), residence=Residence())
+
+
+def verify_shrunk(large: nn.Module, small: nn.Module, samples: Samples) -> None:
+    """Run both models on ``samples``.
+
+    Args:
+        large: with the columns of the missing units at zero.
+        small: from ``shrunk_model``.
+        samples: token windows (windows, length), or other inputs.
+
+    Raises:
+        VerificationError: if they return something else, up to rounding.
+    """
+    with torch.no_grad():
+        found = [
+            output_states(model(**forward_inputs(model, samples.to(device_of(model)))))[1]
+            for model in (large, small)
+        ]
+    if not same_but_for_rounding(*found):
+        raise VerificationError(
+            f"smaller {type(small).__name__}: expected the outputs of the larger one without the units, "
+            f"found a difference of {float((found[0] - found[1]).abs().max()):.2g}"
+        )
+
+
+def _left(loaded: LoadedModel, name: str, tensor: Tensor, stay: Mapping[tuple[str, int], Tensor]) -> Tensor:
+    """What is left of a parameter or buffer."""
+    values = tensor.detach()
+    if tensor.is_meta and isinstance(loaded.residence, OffloadedBlocks):
+        values = loaded.residence.parameter(name, tensor.dtype)
+    for axis in range(tensor.ndim):
+        if (name, axis) in stay:
+            values = values.index_select(axis, stay[name, axis].nonzero().flatten().to(values.device))
+    return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under all of their names, those that are not saved too."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _stay(groups: Sequence[UnitGroup], kept: Sequence[Tensor]) -> dict[tuple[str, int], Tensor]:
+    """Which entries along an axis of a parameter stay, bool, by its name and the axis."""
+    found: dict[tuple[str, int], Tensor] = {}
+
+    def drop(name: str, axis: int, size: int, entries: Tensor) -> None:
+        found.setdefault((name, axis), torch.ones(size, dtype=torch.bool))[entries.flatten()] = False
+
+    def axis_of(layer: PrunableLayer, rows: bool) -> int:
+        return int(rows == layer.transposed)
+
+    for group, mask in zip(groups, kept, strict=True):
+        consumer = group.consumer
+        cols = consumer.weight.shape[1]
+        drop(consumer.parameter_name, axis_of(consumer, rows=False), cols, group.columns[~mask])
+        for layer, rows in group.producers:
+            size = layer.weight.shape[0]
+            drop(layer.parameter_name, axis_of(layer, rows=True), size, rows[~mask])
+            if bias_of(layer) is not None:
+                drop(f"{layer.name}.bias", 0, size, rows[~mask])
+    return found
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A size that becomes another one, of heads or of something else."""
+
+    old: int
+    new: int
+    heads: bool
+
+
+def _changes(groups: Sequence[UnitGroup], counts: Sequence[int]) -> list[_Change]:
+    """Sizes that become others; a configuration holds one for all blocks."""
+    first: dict[tuple[str, int], tuple[int, int]] = {}
+    consumers: set[str] = set()
+    found: dict[_Change, None] = {}
+    for group, count in zip(groups, counts, strict=True):
+        name = group.consumer.name
+        if name in consumers:
+            raise InputError(f"units of {name}: expected one kind of them, found several")
+        consumers.add(name)
+        before, block = first.setdefault((group.kind, group.units), (count, group.block))
+        if count != before:
+            raise InputError(
+                f"{group.kind}: expected equally many kept in every block, since one configuration holds for "
+                f"all, found {before} in block {block} and {count} in block {group.block}"
+            )
+        heads = group.kind != "channels"
+        sizes = {group.units: count}
+        if group.kind == "kv-groups":
+            sizes[group.units * group.sharing] = count * group.sharing
+        found |= dict.fromkeys(_Change(old, new, heads) for old, new in sizes.items() if old != new)
+    return list(found)
+
+
+def _skeleton(model: PreTrainedModel, groups: Sequence[UnitGroup], kept: Sequence[Tensor]) -> PreTrainedModel:
+    """The smaller model, with all its tensors on the meta device.
+
+    Raises:
+        InputError: for numbers of units that one configuration cannot hold.
+        InvalidModelError: if no configuration fits.
+    """
+    changes = _changes(groups, [int(mask.sum()) for mask in kept])
+    stay = _stay(groups, kept)
+    shapes = {
+        name: tuple(
+            int(stay[name, axis].sum()) if (name, axis) in stay else size
+            for axis, size in enumerate(tensor.shape)
+        )
+        for name, tensor in _tensors(model).items()
+    }
+    head_dims = {group.head_dim for group in groups if group.kind != "channels"}
+    return _fitting(model, shapes, changes, min(head_dims) if len(head_dims) == 1 else None)
+
+
+# A place in a configuration, keys of dictionaries inside of dictionaries, and what changes there.
+_Setting = tuple[tuple[str, ...], _Change]
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """What became of a configuration.
+
+    Attributes:
+        flaw: the first thing that is wrong, None if nothing is.
+        distance: entries of tensors that are too many or missing, None if no model was built.
+        model: without weights, None if none was built.
+    """
+
+    flaw: str | None
+    distance: int | None = None
+    model: PreTrainedModel | None = None
+
+
+def _fitting(
+    model: PreTrainedModel,
+    shapes: Mapping[str, tuple[int, ...]],
+    changes: Sequence[_Change],
+    head_dim: int | None,
+) -> PreTrainedModel:
+    """The model without weights that has these ``shapes``, by the configuration with the fewest changes."""
+    values = model.config.to_dict()
+    trial = _tried(model, shapes, (), head_dim)
+    if trial.model is not None and trial.flaw is None:
+        return trial.model
+    before, nearest, best = trial.distance or 0, math.inf, "no key of it has the old size"
+    for unset in (False, True):  # a width that is not set follows from another one
+        useful: list[_Setting] = []
+        for number in range(1, _MOST_KEYS + 1):
+            among = _settings(values, changes, unset) if number == 1 else useful
+            for chosen in combinations(among, number):
+                if len({place for place, _ in chosen}) < number:
+                    continue
+                trial = _tried(model, shapes, chosen, head_dim)
+                if trial.model is not None and trial.flaw is None:
+                    return trial.model
+                if number == 1 and (trial.distance is None or trial.distance < before):
+                    useful += chosen
+                distance = before if trial.distance is None else trial.distance
+                if distance < nearest:
+                    keys = " and ".join(f"{place[-1]} = {change.new}" for place, change in chosen)
+                    nearest, best = distance, f"with {keys} {trial.flaw}"
+    sizes = " and ".join(f"{change.new} instead of {change.old}" for change in changes)
+    raise InvalidModelError(
+        f"smaller {type(model).__name__}: expected a configuration that holds {sizes}, found none: {best}"
+    )
+
+
+def _tried(
+    model: PreTrainedModel,
+    shapes: Mapping[str, tuple[int, ...]],
+    settings: Sequence[_Setting],
+    head_dim: int | None,
+) -> _Trial:
+    """Build the model of a configuration with other ``settings`` and compare it."""
+    values = model.config.to_dict()
+    for place, change in settings:
+        inner = values
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = change.new
+        if change.heads and inner.get("head_dim") is None:  # it would follow from the number of heads
+            inner["head_dim"] = head_dim
+    kind: Any = type(model)
+    config: Any = type(model.config)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            small: PreTrainedModel = kind._from_config(
+                config.from_dict(values), attn_implementation=model.config._attn_implementation
+            )
+    except Exception as error:  # whatever transformers says of such a configuration
+        message = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        return _Trial(f"transformers says: {message}")
+    found = {name: tuple(tensor.shape) for name, tensor in _tensors(small).items()}
+    different = [name for name in {**shapes, **found} if found.get(name) != shapes.get(name)]
+    distance = sum(abs(math.prod(found.get(x, (0,))) - math.prod(shapes.get(x, (0,)))) for x in different)
+    for name in different:
+        flaw = f"{name} is {found.get(name, 'missing')} instead of {shapes.get(name, 'missing')}"
+        return _Trial(flaw, distance, small)
+    others = _constants(small)
+    for name, value in _constants(model).items():
+        if others.get(name) != value:
+            return _Trial(f"{name} is {others.get(name)} instead of {value}", distance, small)
+    return _Trial(None, distance, small)
+
+
+def _settings(values: Mapping[Any, Any], changes: Sequence[_Change], unset: bool) -> list[_Setting]:
+    """Keys that hold an old size, the likely ones first; with ``unset`` also those with nothing."""
+    found: list[_Setting] = []
+    for key, value in values.items():
+        if not isinstance(key, str):
+            continue
+        if isinstance(value, dict):
+            found += [((key, *place), change) for place, change in _settings(value, changes, unset)]
+        for change in changes:
+            fits = type(value) is int and value == change.old
+            if change.heads:
+                fits = fits and not any(word in key for word in _SIZES)
+            else:
+                fits = "head" not in key and (fits or (unset and value is None))
+            if fits:
+                found.append(((key,), change))
+    return sorted(found, key=lambda setting: setting[1].heads and "head" not in setting[0][-1])
+
+
+def _constants(model: nn.Module) -> dict[str, float]:
+    """Fractions that modules hold, such as the scale of attention, by name."""
+    return {
+        f"{name}.{attribute}": value
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if type(value) is float
+    }
