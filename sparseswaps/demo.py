@@ -292,7 +292,7 @@ def _text_table(texts: Sequence[DemoText]) -> Table:
     """One line per prompt, the continuations side by side."""
     table = Table(title=f"greedy continuations, {NEW_TOKENS} tokens", show_lines=True)
     for name in ("prompt", *texts[0].continuations):
-        table.add_column(name, ratio=1)
+        table.add_column(name, ratio=1, overflow="fold")
     for text in texts:
         table.add_row(
             Text(text.prompt), *(Text(" ".join(each.split())) for each in text.continuations.values())
