@@ -106,7 +106,7 @@ def test_a_real_language_model_continues_the_language_reference(smollm2: Path, t
     tf.AutoModelForCausalLM.from_pretrained(smollm2, num_hidden_layers=2).save_pretrained(folder)
     for file in smollm2.glob("*token*"):
         shutil.copy(file, folder)
-    demo = Demo("two blocks", folder, METHODS, samples=4, held_out=2, length=64, prompts=2)
+    demo = Demo("two blocks", folder, METHODS, samples=2, held_out=1, length=64, prompts=1)
     run_demo(demo, tmp_path / "out", Silent())
     reference = " ".join(" ".join(topics.values()).split())
     for row in rows(tmp_path / "out" / "tables" / "continuations.csv"):
