@@ -147,8 +147,11 @@ def _units_of(
         dense = probe.outputs(consumer.layer) if sources else []
         around = numbers | _numbers_around(block, consumer.layer)
         for guesses in (_channels(index, consumer, sources), _heads(index, consumer, sources, around)):
-            verified = _verified(probe, dense, guesses, flaws)
+            verified = _verified(probe, dense, guesses, kinds, flaws)
             found += [group for group in verified if group.kind in kinds]
+            if any(group.kind == "heads" and group.sharing == group.units for group in verified):
+                text = f"columns of {consumer.layer.name}: all heads share one group of keys and values"
+                flaws["kv-groups"] = _Flaw(4, text)
             if verified:  # of a consumer whose inputs are channels, several of them pass for heads
                 break
     kinds_found = {group.kind for group in found}
@@ -161,12 +164,15 @@ def _verified(
     probe: _Probe,
     dense: list[Tensor],
     guesses: Iterator[tuple[UnitGroup, ...]],
+    kinds: Sequence[UnitKind],
     flaws: dict[UnitKind, _Flaw],
 ) -> list[UnitGroup]:
     """The groups of the first guess of which one or more are what they seem; else ``flaws`` has why not."""
     for guess in guesses:
         verified = []
         for group in guess:
+            if len(guess) > 1 and group.kind not in kinds:
+                continue
             flaw = _flaw_of(probe, dense, group)
             if flaw is None:
                 verified.append(group)
@@ -324,11 +330,12 @@ def _flaw_of(probe: _Probe, dense: Sequence[Tensor], group: UnitGroup) -> _Flaw 
     order = _exchange(group)
     with _afterwards_as_before(group.layers):
         _exchange_columns(group, order)
-        alone = probe.outputs(group.consumer)
         _exchange_rows(group, order)
         if not same(probe.outputs(group.consumer), dense):
             return _Flaw(1, f"{what}: what the model computes changes when they change places")
-        if same(alone, dense):
+    with _afterwards_as_before(group.layers):
+        _exchange_columns(group, order)
+        if same(probe.outputs(group.consumer), dense):
             return _Flaw(2, f"{what}: nothing shows whether they belong together, on the window looked at")
     with _afterwards_as_before(group.layers):
         absent = torch.arange(group.units) % 2 == 0

@@ -240,7 +240,7 @@ def _read(source: Source, architecture: Any, config: PretrainedConfig, trust: Tr
     if source.file is not None:  # a .gguf file is read as a whole: what it lacks shows then
         with torch.device("meta"):
             return Reading(architecture, architecture._from_config(config), (), (), ())
-    with _silent_transformers(), _telling_all():
+    with silent_transformers(), _telling_all():
         skeleton, report = architecture.from_pretrained(
             source.place,
             config=config,
@@ -278,7 +278,7 @@ def _telling_all() -> Iterator[None]:
 
 
 @contextmanager
-def _silent_transformers() -> Iterator[None]:
+def silent_transformers() -> Iterator[None]:
     """No report and no progress bar of a reading that may be one of several."""
     from transformers.utils import logging
 

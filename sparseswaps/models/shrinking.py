@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, InvalidModelError, VerificationError
 from .blocks import PrunableLayer, device_of
+from .checkpoints import silent_transformers
 from .inputs import Samples, forward_inputs
 from .loading import LoadedModel
 from .offload import OffloadedBlocks, Residence
@@ -261,9 +262,11 @@ def _fitting(
                     return trial.model
                 if number == 1 and (trial.distance is None or trial.distance < before):
                     useful += chosen
-                distance = before if trial.distance is None else trial.distance
+                keys = " and ".join(f"{place[-1]} = {change.new}" for place, change in chosen)
+                distance = trial.distance
+                if distance is None:  # what transformers says of a number of heads explains most
+                    distance = 0 if "head" in keys else before
                 if distance < nearest:
-                    keys = " and ".join(f"{place[-1]} = {change.new}" for place, change in chosen)
                     nearest, best = distance, f"with {keys} {trial.flaw}"
     sizes = " and ".join(f"{change.new} instead of {change.old}" for change in changes)
     raise InvalidModelError(
@@ -289,7 +292,7 @@ def _tried(
     kind: Any = type(model)
     config: Any = type(model.config)
     try:
-        with torch.device("meta"), warnings.catch_warnings():
+        with torch.device("meta"), silent_transformers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             small: PreTrainedModel = kind._from_config(
                 config.from_dict(values), attn_implementation=model.config._attn_implementation
