@@ -100,10 +100,13 @@ def gather_inputs(
     """
     target = resolve_device(machine.device)
     given = isinstance(model, LoadedModel)
-    if isinstance(model, LoadedModel):
-        shapes = model
-    else:
-        shapes = load_model(model, target, machine.dtype, weights=False, trust=machine.trust)
+
+    def read(offload: bool = False, weights: bool = True) -> LoadedModel:
+        if isinstance(model, LoadedModel):
+            return model
+        return load_model(model, target, machine.dtype, offload, weights=weights, trust=machine.trust)
+
+    shapes = read(weights=False)
     if saved:
         unread_tensors(shapes)  # those that cannot be kept refuse the run now
     length = window_length(shapes, settings.length, settings.calibration, settings.evaluation)
@@ -121,23 +124,11 @@ def gather_inputs(
             "refinement changes layers of all blocks in turn: expected a model in memory, found offloading"
         )
     limit = None if machine.activation_limit is None else int(machine.activation_limit * 1e9)
-    objective = settings.objective
-    work = Work(
-        held_out=0 if evaluation is None else held_out_windows(evaluation.tokens),
-        evaluated=0 if evaluation is None else len(evaluation),
-        drift=objective.needs_dense_stream,
-        residual=objective.residual > 0,
-        metric=objective.metric or settings.allocation is Allocation.KNAPSACK,
-        one_shot=settings.mode is Mode.ONE_SHOT,
-        compared=round(objective.held_out_share * len(calibration)) if objective.drift == AUTO else 0,
-        refined=settings.refine > 0,
-        saved=saved,
-    )
     needs = estimate(
         shapes,
         blocks,
         calibration.tokens,
-        work,
+        _work(settings, calibration, evaluation, saved),
         ranks=machine.ranks.count,
         activation_limit=limit,
         device=device_of(shapes.model) if given else target,
@@ -146,11 +137,7 @@ def gather_inputs(
     if announce is not None and machine.ranks.first:
         announce(needs)
     require_memory(needs, target, with_model=not given, offload=offload)
-    loaded = (
-        model
-        if isinstance(model, LoadedModel)
-        else load_model(model, target, machine.dtype, offload, trust=machine.trust)
-    )
+    loaded = read(offload)
     blocks = find_blocks(loaded.model, settings.include, settings.exclude, settings.prune_routers)
     blocks = blocks_as_used(loaded.model, blocks, calibration.tokens)
     patterns_of(blocks, settings.pattern)
@@ -171,6 +158,22 @@ def gather_inputs(
     settings = with_drift_that_works(loaded.model, asked, skip, machine.ranks)
     room = needs.activation_room
     return Inputs(settings, loaded, blocks, calibration, evaluation, target, limit, skip, room)
+
+
+def _work(settings: PruneSettings, calibration: Windows, evaluation: Windows | None, saved: bool) -> Work:
+    """What the run computes."""
+    objective = settings.objective
+    return Work(
+        held_out=0 if evaluation is None else held_out_windows(evaluation.tokens),
+        evaluated=0 if evaluation is None else len(evaluation),
+        drift=objective.needs_dense_stream,
+        residual=objective.residual > 0,
+        metric=objective.metric or settings.allocation is Allocation.KNAPSACK,
+        one_shot=settings.mode is Mode.ONE_SHOT,
+        compared=round(objective.held_out_share * len(calibration)) if objective.drift == AUTO else 0,
+        refined=settings.refine > 0,
+        saved=saved,
+    )
 
 
 def _windows(shapes: LoadedModel, settings: PruneSettings, bos: bool) -> tuple[Windows, Windows | None]:
