@@ -58,24 +58,24 @@ class DropAddSwap(UnitSolver):
             init = StructuredOBS().run(problem, None, budget).kept
         state = KeptInverse(problem, init)
         least = LEAST_DECREASE * problem.total
-        swaps = 0
+        swaps, fresh = 0, True
         while True:
             if time.monotonic() > deadline:
                 return UnitOutcome(state.kept, Status.TIME_LIMIT, {"swaps": swaps})
             change, drop, add = best_pair(problem, state)
             if change >= -least:
-                if swaps % REFRESH == 0:  # judged by fresh matrices
+                if fresh:
                     return UnitOutcome(state.kept, Status.LOCAL_OPTIMUM, {"swaps": swaps})
-                state.refresh()
-                change, drop, add = best_pair(problem, state)
-                if change >= -least:
-                    return UnitOutcome(state.kept, Status.LOCAL_OPTIMUM, {"swaps": swaps})
+                state.refresh()  # what many updates have left in the matrices is not to end a search
+                fresh = True
+                continue
             if self.max_swaps and swaps == self.max_swaps:
                 return UnitOutcome(state.kept, Status.ITERATION_LIMIT, {"swaps": swaps})
             state.drop(drop)
             state.add(add)
             swaps += 1
-            if swaps % REFRESH == 0:
+            fresh = swaps % REFRESH == 0
+            if fresh:
                 state.refresh()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
@@ -15,9 +16,9 @@ from .base import UnitOutcome, UnitSolver
 class _Score(UnitSolver):
     """Keeps the units of the largest score."""
 
+    @abstractmethod
     def scores(self, problem: UnitProblem) -> Tensor:
         """(units,), float64."""
-        raise NotImplementedError
 
     def run(self, problem: UnitProblem, init: Tensor | None, budget: Budget) -> UnitOutcome:
         """A warm start is not looked at."""

@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from ..errors import InputError
+from .whole_files import write_atomically
 
 FOLDER = "SPARSESWAPS_CACHE"
 
@@ -39,17 +42,9 @@ class KnownPerplexities:
     def put(self, facts: Mapping[str, Any], perplexity: float) -> None:
         """Keep what was measured; a folder that cannot be written to keeps nothing."""
         path = self._path(facts)
-        if path is None:
-            return
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False
-            ) as file:
-                json.dump({**facts, "perplexity": perplexity}, file)
-            Path(file.name).replace(path)
-        except OSError:
-            return
+        if path is not None:
+            with suppress(InputError):
+                write_atomically(path, json.dumps({**facts, "perplexity": perplexity}))
 
     def _path(self, facts: Mapping[str, Any]) -> Path | None:
         if self._folder is None:

@@ -23,7 +23,6 @@ import logging
 import math
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -40,6 +39,7 @@ from ..models.sources import Trust, locate
 from .beginning import AddBos
 from .measures import is_causal
 from .text_tasks import TEXT_TASKS, TextTasks, make_questions, passages, task_config
+from .whole_files import write_atomically
 
 SEVEN_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 METRICS = ("acc", "acc_norm")
@@ -427,26 +427,3 @@ def _by_question(task: str, metric: str, found: Mapping[str, Any]) -> dict[int, 
         for sample in found["samples"][task]
         if sample["filter"] == "none" and isinstance(sample.get(metric), int | float)
     }
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, whatever happens meanwhile.
-
-    Raises:
-        InputError: if it cannot be written.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise InputError(f"file {path}: expected a place to write it, found {error}") from error

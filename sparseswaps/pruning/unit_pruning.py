@@ -26,10 +26,7 @@ from ..problems.units import RIDGE, UnitProblem
 from ..progress import Progress, Silent
 from ..ranks import Ranks
 from ..solvers.units import DropAddSwap, UnitSolution, UnitSolver, solve_units
-from .objective import Objective
-
-# What units are fitted to where nothing is said: as masks are.
-OBJECTIVE = Objective(drift=0.75, residual=0.5)
+from .objective import SEARCH_DEFAULT, Objective
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +54,7 @@ def prune_units(
     calibration: Samples,
     *,
     solver: UnitSolver | None = None,
-    objective: Objective = OBJECTIVE,
+    objective: Objective = SEARCH_DEFAULT,
     ridge: float = RIDGE,
     update: bool = True,
     progress: Progress | None = None,
@@ -72,14 +69,14 @@ def prune_units(
         keep: of each group, how many units of how many neighbours stay.
         calibration: token windows (windows, length).
         solver: of units; swaps from structured OBS by default.
-        objective: drift and residual drift; no other part is used.
+        objective: drift and residual drift, by default those of searches; no other part is used.
         ridge: of the least squares towards the old weights, a share of the Gram matrix's mean diagonal.
         update: whether kept columns are updated.
-        progress: told about every consumer.
+        progress: told about every block.
         store: where activations are kept; in main memory by default.
 
     Raises:
-        InputError: for parts of the objective that units do not have.
+        InputError: for parts of the objective that units do not have, or two kinds in front of one layer.
         InvalidModelError: for drift in a model whose blocks have hidden connections.
     """
     if objective.metric or objective.held_out or objective.shrinkage or len(objective.strengths()) > 1:
@@ -94,6 +91,8 @@ def prune_units(
     progress = progress or Silent()
     flow = Flow.of(model, blocks, calibration, skip, objective.target, Ranks(), store or TensorStore())
     patterns = {group.consumer.name: pattern for group, pattern in zip(groups, keep, strict=True)}
+    if len(patterns) < len(groups):
+        raise InputError("units of a layer: expected one kind of them, found several")
     run = _Run(flow, patterns, solver or DropAddSwap(), objective, ridge, update)
     chosen: list[ChosenUnits] = []
     last = max((group.block for group in groups), default=-1)

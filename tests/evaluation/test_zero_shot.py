@@ -16,7 +16,8 @@ import torch
 import transformers
 
 from sparseswaps.errors import InputError, InvalidModelError, SolverNotInstalledError
-from sparseswaps.evaluation.zero_shot import SEVEN_TASKS, write_atomically, zero_shot
+from sparseswaps.evaluation.whole_files import write_atomically
+from sparseswaps.evaluation.zero_shot import SEVEN_TASKS, zero_shot
 from sparseswaps.models.loading import load_model
 from sparseswaps.study.problems import DEMO_MODEL
 

@@ -141,3 +141,7 @@ def test_objectives_that_units_do_not_have(tmp_path: Path) -> None:
     objective = replace(PLAIN, metric=True)
     with pytest.raises(InputError, match="expected drift and residual drift alone, found metric"):
         prune_units(loaded.model, blocks, (), (), windows, objective=objective)
+    both = find_units(loaded.model, blocks, windows, ["heads", "kv-groups"]).groups
+    keep = [ss.SparsityPattern(1, group.exchangeable) for group in both]
+    with pytest.raises(InputError, match="expected one kind of them, found several"):
+        prune_units(loaded.model, blocks, both, keep, windows)
