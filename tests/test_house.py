@@ -63,3 +63,9 @@ def test_levels_of_folders_are_few() -> None:
     levels = [line for line in layers[1].splitlines() if "sparseswaps." in line]
     folders = [level for level in levels if not re.search(r"__main__|errors", level)]
     assert len(folders) <= 8
+
+
+def test_no_two_modules_of_tests_have_one_name() -> None:
+    # pytest imports them by their names alone, and what was imported before decides whether that fails
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
