@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import tiny_families
 import tiny_models
 import torch
 import transformers as tf
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -358,3 +360,36 @@ def test_patterns_beside_units() -> None:
     assert str(PruneSettings("2:4", units="channels=0.5").pattern) == "2:4"
     with pytest.raises(ValueError, match="a run of units alone has no masks"):
         _ = alone.rule
+
+
+def test_a_card_says_what_went_and_how_fast_the_rest_is(
+    dense: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    report = ss.prune(dense, **options, out=out)
+    card = out / "README.md"
+    text = card.read_text()
+    assert ModelCard.load(card).data.tags == ["sparseswaps", "pruned", "smaller"]
+    assert "18 of 24 channels stay in 2 blocks: units `channels=0.25`, chosen by `drop-add-swap`" in text
+    assert f"| parameters | {report.parameters_dense:,} | {report.parameters:,} |" in text
+    assert "are zero" not in text
+    assert "sparseswaps verify DIRECTORY   # every tensor, by units.safetensors" in text
+    bench = ["bench", out, "--against", dense, "--prompt", 8, "--new", 2, "--rounds", 2, "--quiet"]
+    assert command_line.run(*bench, "--card") == 0
+    with_speed = card.read_text()
+    assert re.search(
+        r"\| prefill, tokens/s \| [\d.]+ \| [\d.]+ \| [\d.]+ \([\d.]+ to [\d.]+\) \|", with_speed
+    )
+    assert with_speed.count("## Measured speed") == 1
+    before, after = with_speed.split("## Measured speed")
+    assert before + "## Repeat" + after.split("## Repeat")[1] == text
+    assert command_line.run(*bench, "--card") == 0  # again: in place of what it said
+    assert card.read_text().split("## Measured speed")[0] == before
+    assert card.read_text().split("## Repeat")[1] == text.split("## Repeat")[1]
+    assert card.read_text().count("## Measured speed") == 1
+    both = ss.prune(dense, **{**options, "pattern": "0.5", "solver": "wanda"}, out=tmp_path / "both")
+    text = (tmp_path / "both" / "README.md").read_text()
+    assert "Then 50.00% of the weights of 14 layers are zero: pattern `0.5`, solver `wanda`" in text
+    assert f"| parameters | {both.parameters_dense:,} | {both.parameters:,} |" in text
+    card.unlink()
+    assert command_line.run(*bench, "--card") == 2
