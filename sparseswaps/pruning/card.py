@@ -170,9 +170,9 @@ def with_speed(card: str, speed: SpeedReport) -> str:
     lines = [
         SPEED,
         "",
-        f"On {speed.device}{threads}, {speed.dtype.removeprefix('torch.')}: {work.batch} x {work.prompt} tokens "
-        f"and {work.new} behind them, medians of {work.rounds} rounds in turns, ratios with 95 % intervals "
-        "(`sparseswaps bench`).",
+        f"On {speed.device}{threads}, {speed.dtype.removeprefix('torch.')}: {work.batch} x {work.prompt} "
+        f"tokens and {work.new} behind them, medians of {work.rounds} rounds in turns, ratios with 95 % "
+        "intervals (`sparseswaps bench`).",
         "",
         *(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)),
         "",
