@@ -89,7 +89,7 @@ def shrunk_model(loaded: LoadedModel, groups: Sequence[UnitGroup], kept: Sequenc
                 f"{group.exchangeable}, and one at least, found {counts.tolist()}"
             )
     small: Any = _skeleton(loaded.model, groups, kept)
-    stay = _stay(groups, kept)
+    stay = entries_that_stay(groups, kept)
     made: dict[int, Tensor] = {}  # a tied parameter is one parameter
     for name, tensor in _tensors(loaded.model).items():
         if id(tensor) not in made:
@@ -144,8 +144,13 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
 
 
-def _stay(groups: Sequence[UnitGroup], kept: Sequence[Tensor]) -> dict[tuple[str, int], Tensor]:
-    """Which entries along an axis of a parameter stay, bool, by its name and the axis."""
+def entries_that_stay(groups: Sequence[UnitGroup], kept: Sequence[Tensor]) -> dict[tuple[str, int], Tensor]:
+    """Which entries along an axis of a parameter stay, bool, by its name and the axis.
+
+    Args:
+        groups: from ``find_units``, of the larger model.
+        kept: (units,), bool, for each group.
+    """
     found: dict[tuple[str, int], Tensor] = {}
 
     def drop(name: str, axis: int, size: int, entries: Tensor) -> None:
@@ -207,7 +212,7 @@ def _skeleton(model: PreTrainedModel, groups: Sequence[UnitGroup], kept: Sequenc
         InvalidModelError: if no configuration fits.
     """
     changes = _changes(groups, [int(mask.sum()) for mask in kept])
-    stay = _stay(groups, kept)
+    stay = entries_that_stay(groups, kept)
     shapes = {
         name: tuple(
             int(stay[name, axis].sum()) if (name, axis) in stay else size
