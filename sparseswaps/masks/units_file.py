@@ -23,10 +23,10 @@ from torch import Tensor
 
 from ..errors import InvalidFileError, file_errors
 from ..models.blocks import PrunableLayer, find_blocks, weight_hash
+from ..models.experts import ExpertGroup
 from ..models.loading import LoadedModel
 from ..models.offload import OffloadedBlocks
-from ..models.shrinking import entries_that_stay
-from ..models.units import UnitGroup
+from ..models.shrinking import Units, entries_that_stay
 from ..problems.files import as_metadata, from_metadata, json_object
 from ..records.run import ConsumerRecord
 from .file import LayerMask, MaskFile
@@ -111,7 +111,7 @@ class UnitsVerification:
 
 def units_file(
     small: LoadedModel,
-    groups: Sequence[UnitGroup],
+    groups: Sequence[Units],
     kept: Sequence[Tensor],
     records: Sequence[ConsumerRecord],
 ) -> UnitsFile:
@@ -124,7 +124,10 @@ def units_file(
         records: of each group's consumer.
     """
     updated = {
-        group.consumer.parameter_name for group, record in zip(groups, records, strict=True) if record.updated
+        name
+        for group, record in zip(groups, records, strict=True)
+        if record.updated
+        for name in (group.scaled if isinstance(group, ExpertGroup) else (group.consumer.parameter_name,))
     }
     named = [field.name for field in fields(ConsumerUnits)]
     return UnitsFile(
@@ -303,7 +306,7 @@ def _wrong_counts(file: UnitsFile) -> Iterator[str]:
         kept = [
             (int(stays.sum()), len(stays))
             for (tensor, _), stays in file.stay.items()
-            if tensor.rpartition(".")[0] == name
+            if tensor.startswith(f"{name}.")
         ]
         if not any(stays * units.units == size * units.kept for stays, size in kept):
             yield f"layer {name}: expected {units.kept} of {units.units} {units.kind} that stay, found others"

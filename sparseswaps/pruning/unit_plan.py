@@ -6,15 +6,20 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ..calibration.expert_groups import find_experts
 from ..calibration.unit_groups import find_units
 from ..errors import InputError, InvalidModelError
 from ..models.blocks import find_blocks
+from ..models.experts import ExpertGroup
 from ..models.inputs import Samples
 from ..models.loading import LoadedModel
-from ..models.shrinking import check_shrinkable
-from ..models.units import UnitGroup
+from ..models.shrinking import Units, check_shrinkable
+from ..models.units import EXPERTS, UnitGroup
 from ..problems import SparsityPattern
 from ..problems.pattern import PatternRule
+from ..solvers import BranchAndBound
+from ..solvers.units import DropAddSwap, UnitMasks
+from ..solvers.units.registry import unit_solver_text
 from .objective import UNIT_DEFAULT, Objective
 from .settings import Mode, PruneSettings, UnitUpdate
 from .unit_pruning import UnitMethod
@@ -26,17 +31,19 @@ class UnitPlan:
     """Units that a run prunes.
 
     Attributes:
-        groups: from ``find_units``, those of layers that are excluded left out.
+        groups: from ``find_units`` and ``find_experts``, those of layers that are excluded left out.
         keep: of each group, how many units of how many neighbours stay.
         method: how they are chosen.
+        expert_method: how experts are.
         left: consumers and blocks whose units stay, and why.
         parameters_before, parameters: of the dense model and of the smaller one.
         apart: parts of the run's objective that units do not have, as text; empty without.
     """
 
-    groups: tuple[UnitGroup, ...]
+    groups: tuple[Units, ...]
     keep: tuple[SparsityPattern, ...]
     method: UnitMethod
+    expert_method: UnitMethod
     left: Mapping[str, str]
     parameters_before: int
     parameters: int
@@ -53,6 +60,12 @@ class UnitPlan:
             shown = [f"{name} ({reason})" for name, reason in list(self.left.items())[:2]]
             more = f" and {len(self.left) - 2} more, which the record names" if len(self.left) > 2 else ""
             lines.append(f"without units that go: {'; '.join(shown)}{more}")
+        if any(group.kind == EXPERTS for group in self.groups):
+            drift = self.expert_method.objective.drift
+            lines.append(
+                f"experts: chosen by {unit_solver_text(self.expert_method.solver)}, drift {drift:g}, without "
+                "residual drift"
+            )
         if self.apart:
             lines.append(f"units are chosen without {self.apart}, which masks alone have")
         return "\n".join(lines)
@@ -69,7 +82,7 @@ class UnitPlan:
         ]
 
 
-def kept_units(group: UnitGroup, pattern: SparsityPattern) -> int:
+def kept_units(group: Units, pattern: SparsityPattern) -> int:
     """How many units of ``group`` stay in all."""
     return group.units // pattern.block * pattern.keep
 
@@ -91,24 +104,22 @@ def plan_units(loaded: LoadedModel, settings: PruneSettings, windows: Samples, s
     if shares is None:
         return None
     blocks = find_blocks(loaded.model)
-    found = find_units(loaded.model, blocks, windows, list(shares.pruned))
-    chosen = {
-        layer.name
-        for block in find_blocks(loaded.model, settings.include, settings.exclude)
-        for layer in block.layers
-    }
-    left = {f"{blocks[index].name} {kind}": reason for (index, kind), reason in found.missing.items()}
-    groups = []
-    for group in found.groups:
-        if group.consumer.name in chosen:
-            groups.append(group)
-        else:
-            left[f"{group.consumer.name} {group.kind}"] = "excluded"
+    found: list[Units] = []
+    left: dict[str, str] = {}
+    if shares.in_front_of_layers:
+        of_layers = find_units(loaded.model, blocks, windows, shares.in_front_of_layers)
+        found += of_layers.groups
+        left |= {f"{blocks[index].name} {kind}": why for (index, kind), why in of_layers.missing.items()}
+    if EXPERTS in shares.pruned:
+        mixtures = find_experts(loaded.model, blocks, windows)
+        found += mixtures.groups
+        left |= {f"{name} {EXPERTS}": why for name, why in mixtures.missing.items()}
+    groups = _included(found, settings, loaded, left)
     _require_each_kind(loaded, shares, groups, left)
     keep = [shares.pattern(group, settings.multiple_of) for group in groups]
     kept = [kept_units(group, pattern) for group, pattern in zip(groups, keep, strict=True)]
     for group, count in zip(groups, kept, strict=True):
-        if settings.pattern is not None:
+        if settings.pattern is not None and isinstance(group, UnitGroup):
             _check_pattern(settings.pattern, group, count * group.columns.shape[1])
     try:
         parameters = check_shrinkable(loaded, groups, kept)
@@ -118,21 +129,53 @@ def plan_units(loaded: LoadedModel, settings: PruneSettings, windows: Samples, s
         where, reason = next(iter(left.items()))
         raise InvalidModelError(f"{error}; units of {where} stay: {reason}") from error
     rest = replace(settings.objective, drift=0.0, residual=0.0)
+    method = UnitMethod(
+        settings.unit_solver,
+        _objective(loaded, settings, skip),
+        settings.unit_ridge,
+        settings.unit_update is not UnitUpdate.NONE,
+        settings.mode is Mode.ONE_SHOT,
+    )
     return UnitPlan(
         tuple(groups),
         tuple(keep),
-        UnitMethod(
-            settings.unit_solver,
-            _objective(loaded, settings, skip),
-            settings.unit_ridge,
-            settings.unit_update is not UnitUpdate.NONE,
-            settings.mode is Mode.ONE_SHOT,
-        ),
+        method,
+        _of_experts(method, settings),
         left,
         sum(parameter.numel() for parameter in loaded.model.parameters()),
         parameters,
         "" if rest == Objective() else str(rest),
     )
+
+
+def _included(
+    found: Sequence[Units], settings: PruneSettings, loaded: LoadedModel, left: dict[str, str]
+) -> list[Units]:
+    """Groups with a layer that ``include`` and ``exclude`` leave; the others are named in ``left``."""
+    chosen = {
+        layer.name
+        for block in find_blocks(loaded.model, settings.include, settings.exclude)
+        for layer in block.layers
+    }
+    groups = []
+    for group in found:
+        inside = group.place in chosen
+        if isinstance(group, ExpertGroup):
+            inside = any(name.startswith(f"{group.name}.") for name in chosen)
+        if inside:
+            groups.append(group)
+        else:
+            left[f"{group.place} {group.kind}"] = "excluded"
+    return groups
+
+
+def _of_experts(method: UnitMethod, settings: PruneSettings) -> UnitMethod:
+    """What is proven best where no solver is asked for, and a drift where one is asked for."""
+    solver = UnitMasks(BranchAndBound()) if method.solver == DropAddSwap() else method.solver
+    drift = 0.0 if settings.objective.is_default else settings.objective.drift
+    if method.one_shot and EXPERTS in (settings.units.pruned if settings.units else {}):
+        raise InputError("experts are chosen block by block: expected sequential mode, found one-shot")
+    return replace(method, solver=solver, objective=Objective(drift=drift))
 
 
 def _objective(loaded: LoadedModel, settings: PruneSettings, skip: bool) -> Objective:
@@ -151,7 +194,7 @@ def _objective(loaded: LoadedModel, settings: PruneSettings, skip: bool) -> Obje
 
 
 def _require_each_kind(
-    loaded: LoadedModel, shares: UnitShares, groups: Sequence[UnitGroup], left: Mapping[str, str]
+    loaded: LoadedModel, shares: UnitShares, groups: Sequence[Units], left: Mapping[str, str]
 ) -> None:
     for kind in shares.pruned:
         if not any(group.kind == kind for group in groups):

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import InputError
-from ..models.units import KINDS, UnitGroup, UnitKind
+from ..models.shrinking import Units
+from ..models.units import EXPERTS, KINDS, UnitKind
 from ..problems import SparsityPattern
 
 # Widths of channels are multiples of this, as products of matrices like them.
@@ -19,11 +20,11 @@ class UnitShares:
     """What is pruned of each kind.
 
     Attributes:
-        pruned: below 1 a share, else a number of units: of a layer's channels or groups of heads, and of the
-            query heads that share keys and values.
+        pruned: below 1 a share, else a number of units: of a layer's channels or groups of heads, of the
+            query heads that share keys and values, of the experts that a router chooses among.
     """
 
-    pruned: Mapping[UnitKind, float]
+    pruned: Mapping[str, float]
 
     @classmethod
     def parse(cls, text: str) -> UnitShares:
@@ -32,12 +33,12 @@ class UnitShares:
         Raises:
             InputError: for another kind, no number, or one that is no share and no count.
         """
-        wanted = ", ".join(f"{kind}=NUMBER" for kind in KINDS)
-        pruned: dict[UnitKind, float] = {}
+        known = (*KINDS, EXPERTS)
+        wanted = ", ".join(f"{kind}=NUMBER" for kind in known)
+        pruned: dict[str, float] = {}
         for part in filter(None, (each.strip() for each in text.split(","))):
             name, _, value = part.partition("=")
-            kind = next((each for each in KINDS if each == name), None)
-            if kind is None:
+            if name not in known:
                 raise InputError(f"units: expected {wanted}, found {part!r}")
             try:
                 number = float(value)
@@ -47,9 +48,9 @@ class UnitShares:
                 raise InputError(
                     f"units {name}: expected a share between 0 and 1 or a number of units, found {value!r}"
                 )
-            if kind in pruned:
-                raise InputError(f"units: expected each kind once, found {kind} twice")
-            pruned[kind] = number
+            if name in pruned:
+                raise InputError(f"units: expected each kind once, found {name} twice")
+            pruned[name] = number
         if not pruned:
             raise InputError(f"units: expected {wanted}, found nothing")
         if {"heads", "kv-groups"} <= set(pruned):
@@ -61,7 +62,12 @@ class UnitShares:
     def __str__(self) -> str:
         return ",".join(f"{kind}={number:g}" for kind, number in self.pruned.items())
 
-    def pattern(self, group: UnitGroup, multiple: int = MULTIPLE) -> SparsityPattern:
+    @property
+    def in_front_of_layers(self) -> list[UnitKind]:
+        """The kinds that are inputs of a layer."""
+        return [kind for kind in KINDS if kind in self.pruned]
+
+    def pattern(self, group: Units, multiple: int = MULTIPLE) -> SparsityPattern:
         """How many of how many neighbouring units of ``group`` stay.
 
         Args:
@@ -78,7 +84,7 @@ class UnitShares:
         if not 0 < kept < block:
             among = f"in multiples of {multiple} " if group.kind == "channels" and multiple > 1 else ""
             raise InputError(
-                f"units {group.kind}={number:g} of {group.consumer.name}: expected some of {block} that stay "
+                f"units {group.kind}={number:g} of {group.place}: expected some of {block} that stay "
                 f"{among}and some that go, found {kept} that would stay"
             )
         return SparsityPattern(kept, block)
