@@ -199,7 +199,7 @@ def entries_that_stay(groups: Sequence[Units], kept: Sequence[Tensor]) -> dict[t
     """Which entries along an axis of a parameter stay, bool, by its name and the axis.
 
     Args:
-        groups: from ``find_units``, of the larger model.
+        groups: from ``find_units`` and ``find_experts``, of the larger model.
         kept: (units,), bool, for each group.
     """
     found: dict[tuple[str, int], Tensor] = {}
