@@ -86,7 +86,7 @@ def shrunk_model(loaded: LoadedModel, groups: Sequence[Units], kept: Sequence[Te
         if flaw is not None:
             raise InputError(f"{group.kind} of block {group.block}: {flaw}")
     small: Any = _skeleton(loaded.model, groups, kept)
-    stay = _stay(groups, kept)
+    stay = entries_that_stay(groups, kept)
     made: dict[int, Tensor] = {}  # a tied parameter is one parameter
     for name, tensor in all_tensors(loaded.model).items():
         if id(tensor) not in made:
@@ -195,8 +195,13 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
 
 
-def _stay(groups: Sequence[Units], kept: Sequence[Tensor]) -> dict[tuple[str, int], Tensor]:
-    """Which entries along an axis of a parameter stay, bool, by its name and the axis."""
+def entries_that_stay(groups: Sequence[Units], kept: Sequence[Tensor]) -> dict[tuple[str, int], Tensor]:
+    """Which entries along an axis of a parameter stay, bool, by its name and the axis.
+
+    Args:
+        groups: from ``find_units``, of the larger model.
+        kept: (units,), bool, for each group.
+    """
     found: dict[tuple[str, int], Tensor] = {}
 
     def drop(name: str, axis: int, size: int, entries: Tensor) -> None:
@@ -266,7 +271,7 @@ def _skeleton(model: PreTrainedModel, groups: Sequence[Units], kept: Sequence[Te
         InvalidModelError: if no configuration fits.
     """
     changes = _changes(groups, [int(mask.sum()) for mask in kept])
-    stay = _stay(groups, kept)
+    stay = entries_that_stay(groups, kept)
     shapes = {
         name: tuple(
             int(stay[name, axis].sum()) if (name, axis) in stay else size
