@@ -320,7 +320,7 @@ class StudyDatabase(Database):
             record.unit: record for record in everything if not record.failure and record.unit not in done
         }
         of: dict[str, dict[str, list[Any]]] = {unit: defaultdict(list) for unit in fresh}
-        for table in ("rows", "traces", "layers", "bounds"):
+        for table in ("rows", "traces", "layers", "bounds", "sizes"):
             for row in getattr(rows, table):
                 if row.unit in of:
                     of[row.unit][table].append(row.record if isinstance(row, ModelLayer) else row)
@@ -343,6 +343,7 @@ class StudyDatabase(Database):
                     trace=parts.get("traces", ()),
                     layers=parts.get("layers", ()),
                     bounds=parts.get("bounds", ()),
+                    sizes=parts.get("sizes", ()),
                 )
             )
         return len(fresh)
