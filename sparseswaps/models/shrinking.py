@@ -385,6 +385,22 @@ def _tried(
     return compared(model, values, shapes, constants_of(model))
 
 
+def built(model: PreTrainedModel, values: Mapping[str, Any]) -> PreTrainedModel:
+    """A model of the same class, without weights, of the configuration ``values``.
+
+    Raises:
+        Exception: whatever transformers says of such a configuration.
+    """
+    kind: Any = type(model)
+    config: Any = type(model.config)
+    with torch.device("meta"), silent_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found: PreTrainedModel = kind._from_config(
+            config.from_dict(dict(values)), attn_implementation=model.config._attn_implementation
+        )
+    return found
+
+
 def compared(
     model: PreTrainedModel,
     values: Mapping[str, Any],
@@ -392,14 +408,8 @@ def compared(
     constants: Mapping[str, float],
 ) -> Trial:
     """Build the model of a configuration with other ``values``, and see whether it has what it is to have."""
-    kind: Any = type(model)
-    config: Any = type(model.config)
     try:
-        with torch.device("meta"), silent_transformers(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            small: PreTrainedModel = kind._from_config(
-                config.from_dict(dict(values)), attn_implementation=model.config._attn_implementation
-            )
+        small = built(model, values)
     except Exception as error:  # whatever transformers says of such a configuration
         message = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         return Trial(f"transformers says: {message}")
