@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -25,8 +25,7 @@ from ..errors import InvalidFileError, file_errors
 from ..models.blocks import PrunableLayer, find_blocks, weight_hash
 from ..models.loading import LoadedModel
 from ..models.offload import OffloadedBlocks
-from ..models.shrinking import entries_that_stay
-from ..models.units import UnitGroup
+from ..models.shrinking import Units, entries_that_stay
 from ..problems.files import as_metadata, from_metadata, json_object
 from ..records.run import ConsumerRecord
 from .file import LayerMask, MaskFile
@@ -38,7 +37,7 @@ UNITS_FILE = "units.safetensors"
 
 @dataclass(frozen=True)
 class ConsumerUnits:
-    """Units in front of one layer.
+    """Units in front of one layer, or experts of one mixture.
 
     Attributes:
         kind: what a unit is; block: index of the block.
@@ -76,7 +75,7 @@ class UnitsFile:
     Attributes:
         stay: which entries along an axis of a tensor stay, bool, by its name and the axis.
         tensors: all tensors of the smaller model that are saved, by name.
-        consumers: by layer name.
+        consumers: by the name of the layer, or of the mixture.
         model: where the dense model came from.
     """
 
@@ -111,9 +110,10 @@ class UnitsVerification:
 
 def units_file(
     small: LoadedModel,
-    groups: Sequence[UnitGroup],
+    groups: Sequence[Units],
     kept: Sequence[Tensor],
     records: Sequence[ConsumerRecord],
+    updated: Collection[str],
 ) -> UnitsFile:
     """What is to be said of a smaller model before it gets any masks.
 
@@ -121,11 +121,9 @@ def units_file(
         small: from ``shrunk_model``.
         groups: of the dense model.
         kept: (units,), bool, of each.
-        records: of each group's consumer.
+        records: of what the units of each group are in front of.
+        updated: names of tensors whose values are others than the dense model's.
     """
-    updated = {
-        group.consumer.parameter_name for group, record in zip(groups, records, strict=True) if record.updated
-    }
     named = [field.name for field in fields(ConsumerUnits)]
     return UnitsFile(
         entries_that_stay(groups, kept),
@@ -303,7 +301,7 @@ def _wrong_counts(file: UnitsFile) -> Iterator[str]:
         kept = [
             (int(stays.sum()), len(stays))
             for (tensor, _), stays in file.stay.items()
-            if tensor.rpartition(".")[0] == name
+            if tensor.startswith(f"{name}.")
         ]
         if not any(stays * units.units == size * units.kept for stays, size in kept):
             yield f"layer {name}: expected {units.kept} of {units.units} {units.kind} that stay, found others"

@@ -273,12 +273,13 @@ class PruneSettings(_Options):
     units: UnitShares | None = option(
         None,
         "Make the model smaller: shares or numbers of whole units that go, such as channels=0.25,kv-groups=1 "
-        "(channels, heads, kv-groups). With a pattern its masks are those of the smaller model.",
+        "(channels, heads, kv-groups, experts). With a pattern its masks are those of the smaller model.",
         UNITS,
     )
     unit_solver: UnitSolver = option(
         DropAddSwap(),
-        "Chooses the units: drop-add-swap, structured-obs, wanda-sp, flap, unit-magnitude or any solver.",
+        "Chooses the units: drop-add-swap, structured-obs, wanda-sp, flap, osscar, unit-magnitude or any "
+        "solver; experts by default by branch and bound.",
         UNIT_SOLVER,
     )
     unit_update: UnitUpdate = option(

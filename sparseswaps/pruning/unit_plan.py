@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from ..calibration.expert_groups import find_experts
 from ..calibration.unit_groups import find_units
 from ..errors import InputError, InvalidModelError
-from ..models.blocks import find_blocks
+from ..models.blocks import Block, find_blocks
+from ..models.experts import ExpertGroup
 from ..models.inputs import Samples
 from ..models.loading import LoadedModel
-from ..models.shrinking import check_shrinkable
-from ..models.units import UnitGroup
+from ..models.shrinking import Units, check_shrinkable
+from ..models.units import KINDS, UnitGroup
 from ..problems import SparsityPattern
 from ..problems.pattern import PatternRule
+from ..solvers.units import DropAddSwap, UnitSolver
 from .objective import UNIT_DEFAULT, Objective
 from .settings import Mode, PruneSettings, UnitUpdate
 from .unit_pruning import UnitMethod
-from .unit_shares import UnitShares
+from .unit_shares import EXPERTS, UnitShares
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,21 +29,25 @@ class UnitPlan:
     """Units that a run prunes.
 
     Attributes:
-        groups: from ``find_units``, those of layers that are excluded left out.
+        groups: from ``find_units`` and ``find_experts``, those that are excluded left out.
         keep: of each group, how many units of how many neighbours stay.
         method: how they are chosen.
         left: consumers and blocks whose units stay, and why.
         parameters_before, parameters: of the dense model and of the smaller one.
         apart: parts of the run's objective that units do not have, as text; empty without.
+        expert_solver, expert_objective: how experts are chosen: the proven best of them where no solver was
+            asked for, without drift where none was.
     """
 
-    groups: tuple[UnitGroup, ...]
+    groups: tuple[Units, ...]
     keep: tuple[SparsityPattern, ...]
     method: UnitMethod
     left: Mapping[str, str]
     parameters_before: int
     parameters: int
     apart: str = ""
+    expert_solver: UnitSolver | None = None
+    expert_objective: Objective = field(default_factory=Objective)
 
     def __str__(self) -> str:
         lines = [f"units: {each}" for each in self.widths()]
@@ -57,6 +64,24 @@ class UnitPlan:
             lines.append(f"units are chosen without {self.apart}, which masks alone have")
         return "\n".join(lines)
 
+    def of_layers(self) -> tuple[list[UnitGroup], list[SparsityPattern]]:
+        """Units in front of layers, and how many of them stay."""
+        pairs = [
+            (group, pattern)
+            for group, pattern in zip(self.groups, self.keep, strict=True)
+            if isinstance(group, UnitGroup)
+        ]
+        return [group for group, _ in pairs], [pattern for _, pattern in pairs]
+
+    def of_mixtures(self) -> tuple[list[ExpertGroup], list[SparsityPattern]]:
+        """Experts of mixtures, and how many of them stay."""
+        pairs = [
+            (group, pattern)
+            for group, pattern in zip(self.groups, self.keep, strict=True)
+            if isinstance(group, ExpertGroup)
+        ]
+        return [group for group, _ in pairs], [pattern for _, pattern in pairs]
+
     def widths(self) -> list[str]:
         """What stays of each kind, in words."""
         counts: dict[tuple[str, int, int], int] = {}
@@ -69,7 +94,7 @@ class UnitPlan:
         ]
 
 
-def kept_units(group: UnitGroup, pattern: SparsityPattern) -> int:
+def kept_units(group: Units, pattern: SparsityPattern) -> int:
     """How many units of ``group`` stay in all."""
     return group.units // pattern.block * pattern.keep
 
@@ -91,24 +116,23 @@ def plan_units(loaded: LoadedModel, settings: PruneSettings, windows: Samples, s
     if shares is None:
         return None
     blocks = find_blocks(loaded.model)
-    found = find_units(loaded.model, blocks, windows, list(shares.pruned))
-    chosen = {
+    chosen = [
         layer.name
         for block in find_blocks(loaded.model, settings.include, settings.exclude)
         for layer in block.layers
-    }
-    left = {f"{blocks[index].name} {kind}": reason for (index, kind), reason in found.missing.items()}
-    groups = []
-    for group in found.groups:
-        if group.consumer.name in chosen:
+    ]
+    found, left = _found(loaded, blocks, windows, shares)
+    groups: list[Units] = []
+    for group in found:
+        if any(name == group.place or name.startswith(f"{group.place}.") for name in chosen):
             groups.append(group)
         else:
-            left[f"{group.consumer.name} {group.kind}"] = "excluded"
+            left[f"{group.place} {group.kind}"] = "excluded"
     _require_each_kind(loaded, shares, groups, left)
     keep = [shares.pattern(group, settings.multiple_of) for group in groups]
     kept = [kept_units(group, pattern) for group, pattern in zip(groups, keep, strict=True)]
     for group, count in zip(groups, kept, strict=True):
-        if settings.pattern is not None:
+        if settings.pattern is not None and isinstance(group, UnitGroup):
             _check_pattern(settings.pattern, group, count * group.columns.shape[1])
     try:
         parameters = check_shrinkable(loaded, groups, kept)
@@ -132,7 +156,27 @@ def plan_units(loaded: LoadedModel, settings: PruneSettings, windows: Samples, s
         sum(parameter.numel() for parameter in loaded.model.parameters()),
         parameters,
         "" if rest == Objective() else str(rest),
+        None if isinstance(settings.unit_solver, DropAddSwap) else settings.unit_solver,
+        Objective(drift=max(0.0, settings.objective.drift)),
     )
+
+
+def _found(
+    loaded: LoadedModel, blocks: Sequence[Block], windows: Samples, shares: UnitShares
+) -> tuple[list[Units], dict[str, str]]:
+    """All units of the kinds that are pruned, and where there are none, why."""
+    groups: list[Units] = []
+    left: dict[str, str] = {}
+    kinds = [kind for kind in KINDS if kind in shares.pruned]
+    if kinds:
+        units = find_units(loaded.model, blocks, windows, kinds)
+        groups += units.groups
+        left |= {f"{blocks[index].name} {kind}": reason for (index, kind), reason in units.missing.items()}
+    if EXPERTS in shares.pruned:
+        experts = find_experts(loaded.model, blocks, windows)
+        groups += experts.groups
+        left |= {f"{name} {EXPERTS}": reason for name, reason in experts.missing.items()}
+    return groups, left
 
 
 def _objective(loaded: LoadedModel, settings: PruneSettings, skip: bool) -> Objective:
@@ -151,7 +195,7 @@ def _objective(loaded: LoadedModel, settings: PruneSettings, skip: bool) -> Obje
 
 
 def _require_each_kind(
-    loaded: LoadedModel, shares: UnitShares, groups: Sequence[UnitGroup], left: Mapping[str, str]
+    loaded: LoadedModel, shares: UnitShares, groups: Sequence[Units], left: Mapping[str, str]
 ) -> None:
     for kind in shares.pruned:
         if not any(group.kind == kind for group in groups):

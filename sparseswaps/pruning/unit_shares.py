@@ -1,4 +1,4 @@
-"""How many units of each kind are pruned, as it is written: ``channels=0.25,kv-groups=1``."""
+"""How many units of each kind are pruned, as it is written: ``channels=0.25,kv-groups=1``, ``experts=2``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import InputError
-from ..models.units import KINDS, UnitGroup, UnitKind
+from ..models.shrinking import Units
+from ..models.units import KINDS
 from ..problems import SparsityPattern
 
+EXPERTS = "experts"
+ALL_KINDS = (*KINDS, EXPERTS)
 # Widths of channels are multiples of this, as products of matrices like them.
 MULTIPLE = 64
 
@@ -19,11 +22,11 @@ class UnitShares:
     """What is pruned of each kind.
 
     Attributes:
-        pruned: below 1 a share, else a number of units: of a layer's channels or groups of heads, and of the
-            query heads that share keys and values.
+        pruned: below 1 a share, else a number of units: of a layer's channels or groups of heads, of the
+            query heads that share keys and values, and of a mixture's experts.
     """
 
-    pruned: Mapping[UnitKind, float]
+    pruned: Mapping[str, float]
 
     @classmethod
     def parse(cls, text: str) -> UnitShares:
@@ -32,11 +35,11 @@ class UnitShares:
         Raises:
             InputError: for another kind, no number, or one that is no share and no count.
         """
-        wanted = ", ".join(f"{kind}=NUMBER" for kind in KINDS)
-        pruned: dict[UnitKind, float] = {}
+        wanted = ", ".join(f"{kind}=NUMBER" for kind in ALL_KINDS)
+        pruned: dict[str, float] = {}
         for part in filter(None, (each.strip() for each in text.split(","))):
             name, _, value = part.partition("=")
-            kind = next((each for each in KINDS if each == name), None)
+            kind = next((each for each in ALL_KINDS if each == name), None)
             if kind is None:
                 raise InputError(f"units: expected {wanted}, found {part!r}")
             try:
@@ -61,7 +64,7 @@ class UnitShares:
     def __str__(self) -> str:
         return ",".join(f"{kind}={number:g}" for kind, number in self.pruned.items())
 
-    def pattern(self, group: UnitGroup, multiple: int = MULTIPLE) -> SparsityPattern:
+    def pattern(self, group: Units, multiple: int = MULTIPLE) -> SparsityPattern:
         """How many of how many neighbouring units of ``group`` stay.
 
         Args:
@@ -78,7 +81,7 @@ class UnitShares:
         if not 0 < kept < block:
             among = f"in multiples of {multiple} " if group.kind == "channels" and multiple > 1 else ""
             raise InputError(
-                f"units {group.kind}={number:g} of {group.consumer.name}: expected some of {block} that stay "
+                f"units {group.kind}={number:g} of {group.place}: expected some of {block} that stay "
                 f"{among}and some that go, found {kept} that would stay"
             )
         return SparsityPattern(kept, block)

@@ -69,7 +69,10 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class ConsumerRecord:
-    """Units in front of one layer, their consumer, some of which went.
+    """Units in front of one layer, their consumer, some of which went; or experts of one mixture.
+
+    Of a mixture rows and columns are its channels, and error and objective are those of what it returns: at
+    the start with the router that is left, and then with the factors of the experts that stay.
 
     Attributes:
         name: of the consumer; block: index of its block; kind: what a unit is.

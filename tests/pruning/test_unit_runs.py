@@ -12,6 +12,7 @@ import command_line
 import numpy as np
 import pytest
 import tiny_families
+import tiny_mixtures
 import tiny_models
 import torch
 import transformers as tf
@@ -393,3 +394,52 @@ def test_a_card_says_what_went_and_how_fast_the_rest_is(
     assert f"| parameters | {both.parameters_dense:,} | {both.parameters:,} |" in text
     card.unlink()
     assert command_line.run(*bench, "--card") == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "units"), [("mixtral", "experts=2,heads=1"), ("qwen3-moe", "experts=0.5")]
+)
+def test_experts(family: str, units: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model: Any = tiny_mixtures.build(family)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    np.save(tmp_path / "tokens.npy", tiny_mixtures.windows(8, 32).flatten().numpy())
+    options: dict[str, Any] = {
+        "units": units, "calibration": tmp_path / "tokens.npy", "evaluation": tmp_path / "tokens.npy",
+        "samples": 8, "length": 32,
+    }  # fmt: skip
+    report = ss.prune(tmp_path / "dense", **options, out=tmp_path / "out")
+    mixtures = [each for each in report.consumers if each.kind == "experts"]
+    assert len(mixtures) == 2
+    assert all(each.kept < each.units and each.error <= each.error_start for each in mixtures)
+    small: Any = type(model).from_pretrained(tmp_path / "out")
+    assert small.num_parameters() == report.parameters < report.parameters_dense == model.num_parameters()
+    assert verify(tmp_path / "out", capsys, "--original", tmp_path / "dense")["ok"]
+    file = load_units(tmp_path / "out")
+    assert {facts.kind for facts in file.consumers.values()} == {
+        part.split("=")[0] for part in units.split(",")
+    }
+    updated = [name for name, facts in file.tensors.items() if facts.updated]
+    assert any("experts" in name for name in updated)
+    # what is measured is what was saved
+    assert (
+        command_line.run(
+            "evaluate",
+            tmp_path / "out",
+            "--evaluation",
+            tmp_path / "tokens.npy",
+            "--length",
+            32,
+            "--json",
+            "--quiet",
+        )
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out)["perplexity"] == pytest.approx(
+        report.perplexity_pruned, rel=1e-4
+    )
+    plain = ss.prune(
+        tmp_path / "dense", **{**options, "units": "experts=1"}, unit_solver="reap", unit_update="none"
+    )
+    assert not any(each.updated for each in plain.consumers)
+    with pytest.raises(ss.InputError, match="a token goes to"):
+        ss.prune(tmp_path / "dense", **{**options, "units": f"experts={mixtures[0].units - 1}"})
