@@ -278,7 +278,7 @@ class PruneSettings(_Options):
     )
     unit_solver: UnitSolver = option(
         DropAddSwap(),
-        "Chooses the units: drop-add-swap, structured-obs, wanda-sp, flap, unit-magnitude, any solver of "
+        "Chooses the units: drop-add-swap, structured-obs, wanda-sp, flap, osscar, unit-magnitude, any solver of "
         "masks, and reap for experts, which are proven best by default.",
         UNIT_SOLVER,
     )

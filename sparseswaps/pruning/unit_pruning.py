@@ -99,7 +99,12 @@ def prune_units(
         raise InputError(
             "drift needs the inputs of the pruned model: expected sequential mode, found one-shot"
         )
-    blocks = blocks_as_used(model, blocks, calibration)
+    consumers = {group.consumer.name for group in groups}
+    # nothing else changes, and so nothing else is looked at
+    blocks = [
+        replace(block, layers=tuple(layer for layer in block.layers if layer.name in consumers))
+        for block in blocks_as_used(model, blocks, calibration)
+    ]
     skip = can_skip(model, blocks, calibration) if context.skip is None else context.skip
     if objective.target is not None and not skip:
         raise InvalidModelError(

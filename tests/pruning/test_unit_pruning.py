@@ -115,7 +115,10 @@ def test_shares_as_they_are_written(stories: tuple[Path, tuple[Path, Path]]) -> 
     assert UnitShares.parse(str(shares)) == shares
     for text, message in [
         ("", "found nothing"),
-        ("rows=0.5", "expected channels=NUMBER, heads=NUMBER, kv-groups=NUMBER, found 'rows=0.5'"),
+        (
+            "rows=0.5",
+            "heads=NUMBER, kv-groups=NUMBER, experts=NUMBER, found 'rows=0.5'",
+        ),
         ("channels", "expected a share between 0 and 1 or a number of units, found ''"),
         ("channels=1.5", "found '1.5'"),
         ("channels=inf", "found 'inf'"),

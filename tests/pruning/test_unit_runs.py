@@ -12,6 +12,7 @@ import command_line
 import numpy as np
 import pytest
 import tiny_families
+import tiny_mixtures
 import tiny_models
 import torch
 import transformers as tf
@@ -74,7 +75,7 @@ class Interrupting:
 def test_a_real_model_by_the_command_line(
     shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The prototype's 16.9 of half of the channels and 8.5 of 30 % of them, on fewer windows."""
+    """On four times as many windows 16.1; Wanda-sp with least squares has 19.3 there, and 36.7 without."""
     model, texts, out = shared_data / "models" / "stories260K", shared_data / "texts", tmp_path / "out"
     words = ["--calibration", texts / "tinystories_calib.txt", "--samples", 24, "--length", 256]
     measured = ["--evaluation", texts / "tinystories_eval.txt", "--evaluation-limit", 16]
@@ -90,8 +91,7 @@ def test_a_real_model_by_the_command_line(
     assert plain.num_parameters() == report["parameters"] == 177_472
     weights = (out / "model.safetensors").stat().st_size / 1e6
     assert weights == pytest.approx(report["megabytes"], rel=0.03)  # and a header
-    # on so few windows the dense model has 4.3; magnitude alone leaves hundreds
-    assert report["perplexity_dense"] < 5 < report["perplexity_pruned"] < 18
+    assert report["perplexity_dense"] < 5 < report["perplexity_pruned"] < 19.3
     assert command_line.run("evaluate", out, *measured, "--length", 256, "--json", "--quiet") == 0
     again = json.loads(capsys.readouterr().out)
     assert again["perplexity"] == pytest.approx(report["perplexity_pruned"], rel=1e-5)
@@ -393,3 +393,39 @@ def test_a_card_says_what_went_and_how_fast_the_rest_is(
     assert f"| parameters | {both.parameters_dense:,} | {both.parameters:,} |" in text
     card.unlink()
     assert command_line.run(*bench, "--card") == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "units", "kinds"),
+    [
+        ("mixtral", "experts=2,heads=1", {"experts", "heads"}),
+        ("qwen3-moe", "experts=0.5", {"experts"}),
+    ],
+)
+def test_experts(
+    family: str, units: str, kinds: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, tokens, out = tmp_path / "dense", tmp_path / "tokens.npy", tmp_path / "out"
+    model: Any = tiny_mixtures.build(family)
+    model.to(torch.bfloat16).save_pretrained(dense)
+    np.save(tokens, tiny_mixtures.windows(8, 32).flatten().numpy())
+    options: dict[str, Any] = {"calibration": tokens, "evaluation": tokens, "samples": 8, "length": 32}
+    report = ss.prune(dense, units=units, **options, out=out)
+    mixtures = [each for each in report.consumers if each.kind == "experts"]
+    assert len(mixtures) == 2
+    assert all(each.kept < each.units and each.error <= each.error_start for each in mixtures)
+    small: Any = type(model).from_pretrained(out)
+    assert small.num_parameters() == report.parameters < report.parameters_dense == model.num_parameters()
+    assert verify(out, capsys, "--original", dense)["ok"]
+    file = load_units(out)
+    assert {facts.kind for facts in file.consumers.values()} == kinds
+    assert any("experts" in name and facts.updated for name, facts in file.tensors.items())
+    # what is measured is what was saved
+    words = ["evaluate", out, "--evaluation", tokens, "--length", 32, "--json", "--quiet"]
+    assert command_line.run(*words) == 0
+    again = json.loads(capsys.readouterr().out)["perplexity"]
+    assert again == pytest.approx(report.perplexity_pruned, rel=1e-4)
+    plain = ss.prune(dense, units="experts=1", **options, unit_solver="reap", unit_update="none")
+    assert not any(each.updated for each in plain.consumers)
+    with pytest.raises(ss.InputError, match="a token goes to"):
+        ss.prune(dense, units=f"experts={mixtures[0].units - 1}", **options)
