@@ -278,8 +278,8 @@ class PruneSettings(_Options):
     )
     unit_solver: UnitSolver = option(
         DropAddSwap(),
-        "Chooses the units: drop-add-swap, structured-obs, wanda-sp, flap, osscar, unit-magnitude, any solver of "
-        "masks, and reap for experts, which are proven best by default.",
+        "Chooses the units: drop-add-swap, structured-obs, wanda-sp, flap, osscar, unit-magnitude, reap for "
+        "experts (proven best by default), or any solver of masks.",
         UNIT_SOLVER,
     )
     unit_update: UnitUpdate = option(
