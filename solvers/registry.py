@@ -36,6 +36,7 @@ from .search.iterated_local_search import IteratedLocalSearch as IteratedLocalSe
 from .search.one_swap import OneSwap as OneSwap
 from .search.tabu import Tabu as Tabu
 from .updates.admm import ADMM as ADMM
+from .updates.alps import ALPS as ALPS
 from .updates.alternating_reconstruction import AlternatingReconstruction as AlternatingReconstruction
 from .updates.reconstruction import Reconstruction as Reconstruction
 from .updates.sparsegpt import SparseGPT as SparseGPT

@@ -50,6 +50,8 @@ SOLVERS: list[ss.Solver] = [
     ss.SparseGPT(mask="fixed"),
     ss.ADMM(),
     ss.ADMM(mask="gradual"),
+    ss.ALPS(),
+    ss.ALPS(iterations=5, refine_steps=0, dtype="float64"),
     ss.Reconstruction(),
     ss.Reconstruction(method="conjugate-gradients"),
     ss.AlternatingReconstruction(),
