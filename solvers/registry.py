@@ -42,6 +42,7 @@ from .updates.alps import ALPS as ALPS
 from .updates.alternating_reconstruction import AlternatingReconstruction as AlternatingReconstruction
 from .updates.reconstruction import Reconstruction as Reconstruction
 from .updates.sparsegpt import SparseGPT as SparseGPT
+from .updates.thanos import Thanos as Thanos
 
 _GROUPS = (Group.SCORE, Group.LOCAL_SEARCH, Group.EXACT, Group.WEIGHT_UPDATE, Group.BOUND)
 

@@ -55,6 +55,8 @@ SOLVERS: list[ss.Solver] = [
     ss.ADMM(mask="gradual"),
     ss.ALPS(),
     ss.ALPS(iterations=5, refine_steps=0, dtype="float64"),
+    ss.Thanos(),
+    ss.Thanos(blocksize=5),
     ss.Reconstruction(),
     ss.Reconstruction(method="conjugate-gradients"),
     ss.AlternatingReconstruction(),
