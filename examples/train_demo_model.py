@@ -25,13 +25,13 @@ VOCABULARY = 4096
 CONTEXT = 512
 
 
-def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of ``VOCABULARY`` entries."""
+def train_tokenizer(text: str, entries: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of so many entries."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=entries,
         special_tokens=["<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

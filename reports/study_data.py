@@ -190,7 +190,7 @@ def is_per_row(pattern: str) -> bool:
 
 def pattern_order(pattern: str) -> tuple[int, float, str]:
     """Sort key: shares first, ascending; then N:M."""
-    if not is_per_row(pattern):
+    if not is_per_row(pattern) or "=" in pattern:  # of units, maybe with masks behind
         return (1, 0.0, pattern)
     number = float(pattern.strip().rstrip("%"))
     return (0, number / 100 if "%" in pattern else number, pattern)

@@ -44,7 +44,7 @@ def write_study_report(out_dir: str | os.PathLike[str], records: StudyRows) -> P
         warm_start_section(data),
         calibration_section(data),
         *objective_sections(records.models),
-        *model_sections(records.models, records.layers, records.bounds),
+        *model_sections(records.models, records.layers, records.bounds, records.sizes),
         cost_section(data),
         instances_section(data),
         solvers_section(records),

@@ -44,6 +44,11 @@ from .updates.reconstruction import Reconstruction as Reconstruction
 from .updates.sparsegpt import SparseGPT as SparseGPT
 from .updates.thanos import Thanos as Thanos
 
+if typing.TYPE_CHECKING:
+    from .units.base import UnitSolver
+
+Named = typing.TypeVar("Named", bound="Solver | UnitSolver")
+
 _GROUPS = (Group.SCORE, Group.LOCAL_SEARCH, Group.EXACT, Group.WEIGHT_UPDATE, Group.BOUND)
 
 
@@ -94,6 +99,11 @@ def solver_text(solver: Solver) -> str:
         return "+".join(solver_text(member) for member in solver.solvers)
     if SOLVERS.get(solver.name) is not type(solver):
         return repr(solver)
+    return named_text(solver)
+
+
+def named_text(solver: Solver | UnitSolver) -> str:
+    """Name and options that are not at their defaults; the ``repr`` where one of them has no text."""
     options = []
     for field in dataclasses.fields(solver):  # type: ignore[arg-type]  # all are dataclasses
         value = getattr(solver, field.name)
@@ -108,11 +118,20 @@ def solver_text(solver: Solver) -> str:
 
 def _parse_one(text: str) -> Solver:
     name, _, rest = text.strip().partition(":")
-    kind = solver_class(name)
+    return built(solver_class(name), rest)
+
+
+def built(kind: type[Named], text: str) -> Named:
+    """A solver of the class ``kind`` with the options of ``option=value,option=value``.
+
+    Raises:
+        InputError: for an unknown option, or a value of another type.
+    """
+    name = kind.name
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]  # all are dataclasses
     hints = typing.get_type_hints(kind)
     options: dict[str, object] = {}
-    for part in filter(None, rest.split(",")):
+    for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
         key = key.strip().replace("-", "_")
         if key not in known or not equals:

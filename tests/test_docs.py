@@ -96,13 +96,19 @@ def test_engineer(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         guide("engineer"),
         monkeypatch,
         more={
+            # its 24 channels are no multiple of 64
+            "sparseswaps prune MODEL --units channels=0.25 --calibration text.txt --evaluation other.txt "
+            "--out smaller": " --multiple-of 2",
+            "sparseswaps prune MODEL --units channels=0.25 --pattern 0.5 --calibration text.txt "
+            "--out smaller-and-sparse": " --multiple-of 2",
+            "sparseswaps bench smaller --against MODEL --card": " --prompt 16 --new 2 --rounds 2",
             "sparseswaps zero-shot pruned --out zero-shot.json": " --tasks my_task --task-path my_tasks",
             # its words are no words of a language
             "sparseswaps zero-shot pruned --text other.txt --against MODEL": " --tasks continuation"
             " --items 8",
         },
     )
-    assert ran == 3 + 1 + 2 + 2 + 3 + 1 + 1 + 2 + 1 + 3
+    assert ran == 3 + 1 + 2 + 2 + 3 + 2 + 3 + 1 + 1 + 2 + 1 + 3
     score = json.loads((home / "zero-shot.json").read_text())["scores"][0]
     assert (score["task"], score["questions"]) == ("my_task", len(questions))
     assert "tuned-and-pruned" in capsys.readouterr().out

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure as Canvas
 
-from ...records.study import LayerBoundRecord, ModelLayer, ModelRecord
+from ...records.study import LayerBoundRecord, ModelLayer, ModelRecord, SizeRecord
 from ..axes import legend_below, numbers, plain_log, series
 from ..demo import DemoLayer, layer_error_map, layer_text
 from ..figures import Figure
@@ -19,6 +19,7 @@ from ..tables import Column, Row, Table, span
 from .ablations import swaps_allowed
 from .factors import FACTORS, factor_figure, factor_of, factor_text
 from .model_bounds import model_bounds_section
+from .smaller_models import smaller_models_section
 
 # Runs that a legend tells apart; with more of them, one sign stands for all runs of a solver.
 SERIES = 12
@@ -63,7 +64,10 @@ def quality(record: ModelRecord) -> float | None:
 
 
 def model_sections(
-    models: Sequence[ModelRecord], layers: Sequence[ModelLayer], bounds: Sequence[LayerBoundRecord] = ()
+    models: Sequence[ModelRecord],
+    layers: Sequence[ModelLayer],
+    bounds: Sequence[LayerBoundRecord] = (),
+    sizes: Sequence[SizeRecord] = (),
 ) -> list[Section]:
     """Sections about whole models; empty without any."""
     done = [record for record in models if not record.failure]
@@ -76,6 +80,9 @@ def model_sections(
         figure = error_against_quality(name, members)
         items += [figure] if figure is not None else []
     sections = [Section("Whole models", tuple(_model_text(done, names)), tuple(items))]
+    smaller = smaller_models_section(_sorted(done, names), sizes, names)
+    if smaller is not None:
+        sections.append(smaller)
     certified = model_bounds_section(_sorted(done, names), layers, bounds, names)
     if certified is not None:
         sections.append(certified)

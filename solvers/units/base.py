@@ -16,14 +16,25 @@ from ...problems.products import full_precision
 from ...problems.units import UnitProblem
 from ..base import Budget, Status
 
+# Rounding between the error of a row of units and that of their layer, relative.
+BOUND_SLACK = 1e-6
+
 
 @dataclass(frozen=True, eq=False)
 class UnitOutcome:
-    """What a solver of units found: kept units (units,), bool, why it stopped, and counters."""
+    """What a solver of units found.
+
+    Attributes:
+        kept: kept units (units,), bool.
+        status: why it stopped.
+        stats: counters.
+        bound: proven: no choice has a smaller error with the old weights; None without such a proof.
+    """
 
     kept: Tensor
     status: Status
     stats: Mapping[str, int] = field(default_factory=dict)
+    bound: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +51,7 @@ class UnitSolution:
         status: why the solver stopped.
         stats: counters.
         seconds: of the solver's own run.
+        bound: proven: no choice has a smaller ``error_masked``; None where nothing was proven.
     """
 
     solver: str
@@ -50,6 +62,14 @@ class UnitSolution:
     status: Status
     stats: Mapping[str, int]
     seconds: float
+    bound: float | None = None
+
+    @property
+    def gap(self) -> float | None:
+        """How far ``error_masked`` may be from the least, as a share of it; None without a bound."""
+        if self.bound is None:
+            return None
+        return max(0.0, 1 - self.bound / self.error_masked) if self.error_masked > 0 else 0.0
 
 
 class UnitSolver(ABC):
@@ -105,8 +125,13 @@ def solve_units(
         found_error = problem.error(kept, found)
         if found_error <= masked:
             weight, error = found, found_error
+    if outcome.bound is not None and outcome.bound > masked * (1 + BOUND_SLACK):
+        raise InvalidOutcomeError(
+            f"solver {solver.name}: expected a bound below its own error {masked:.9g}, found "
+            f"{outcome.bound:.9g}"
+        )
     return UnitSolution(
-        repr(solver), kept, weight, error, masked, outcome.status, dict(outcome.stats), seconds
+        repr(solver), kept, weight, error, masked, outcome.status, dict(outcome.stats), seconds, outcome.bound
     )
 
 

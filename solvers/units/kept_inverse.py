@@ -65,6 +65,17 @@ class KeptInverse:
         """What dropping each of ``units`` (kept ones) costs (len(units),)."""
         return _traces(self.weight_products(units), self.blocks(self.inverse, units))
 
+    def add_gains(self, units: Tensor) -> Tensor:
+        """By what taking in each of ``units`` (none of them kept) lowers the error (len(units),)."""
+        columns = self._problem.columns[units]
+        across = self._problem.ridged[:, columns.flatten()]
+        through = (self.inverse @ across).view(-1, *columns.shape)
+        missing = self._problem.target[:, columns.flatten()] - self.weight @ across
+        own = self._problem.ridged[columns[:, :, None], columns[:, None, :]]
+        schur = own - torch.einsum("kpa,kpb->pab", across.view(-1, *columns.shape), through)
+        weighed = self._problem.weighed(missing).view(-1, *columns.shape)
+        return _traces(torch.einsum("rpa,rpb->pab", missing.view(-1, *columns.shape), weighed), schur)
+
     def drop(self, unit: int) -> None:
         """Leave out a kept unit."""
         columns = self._problem.columns[unit]

@@ -29,7 +29,8 @@ class UnitMasks(UnitSolver):
     centred: bool = False
 
     def run(self, problem: UnitProblem, init: Tensor | None, budget: Budget) -> UnitOutcome:
-        """The row's mask."""
+        """The row's mask, and what was proven of the row, which is the error with the old weights."""
         row = problem.as_row(self.centred)
         found = solve(row, self.solver, None if init is None else init[None], budget)
-        return UnitOutcome(found.mask[0], found.status)
+        proven = found.bound if found.bound > 0 and not self.centred else None
+        return UnitOutcome(found.mask[0], found.status, bound=proven)

@@ -1,9 +1,9 @@
-"""Thanos: all weights that a row loses in a block of columns go at once, and its other weights make up for it.
+"""Thanos: all weights that a row loses in a block of columns go at once, and its others make up for them.
 
 Ilin and Richtárik, *Thanos: A Block-wise Pruning Algorithm for Efficient Large Language Model Compression*,
 arXiv 2504.05346, algorithm 1, with the constants of the authors' program. Blocks of ``blocksize`` columns are
 visited from left to right. With ``H = G + λ I`` and the columns before j fixed, a row w that loses its
-weights S of the block at j is changed by what is best for ``(w' - w) H (w' - w)ᵀ`` over all columns from j on,
+weights S of the block at j becomes the w' of least ``(w' - w) H (w' - w)ᵀ`` over all columns from j on,
 
     w_{j:} ← w_{j:} - μ K_{S,:},    μ K_{S,S} = w_S,    K = (H_{j:,j:})⁻¹
 

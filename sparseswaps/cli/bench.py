@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..errors import InputError, file_errors
 from ..evaluation.speed import Ratio, SpeedReport, Workload
 from ..evaluation.speed import bench as run_bench
+from ..evaluation.whole_files import write_atomically
 from ..models.sources import Trust
+from ..pruning.card import CARD_FILE, with_speed
 from .options import AllowPickle, Quiet, TrustRemoteCode
 from .output import console, print_json, progress_bars, quiet_libraries
 
@@ -35,6 +39,9 @@ def bench(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write what was measured into the model's card (README.md).")
+    ] = False,
     quiet: Quiet = False,
     json: Annotated[
         bool, typer.Option("--json", help="One JSON object on standard output and nothing else.")
@@ -46,9 +53,14 @@ def bench(
 
     sparseswaps bench smaller --against path/to/dense
 
+    sparseswaps bench smaller --against path/to/dense --card
+
     sparseswaps bench smaller --prompt 2048 --new 128 --batch 8 --device cuda --json
     """
     quiet_libraries()
+    readme = Path(model) / CARD_FILE
+    if card and not readme.is_file():
+        raise InputError(f"bench --card: expected a model card {readme}, found none")
     with progress_bars(quiet) as bars:
         report = run_bench(
             model,
@@ -59,6 +71,11 @@ def bench(
             trust=Trust(allow_pickle, trust_remote_code),
             stage=bars.stage,
         )
+    if card:
+        with file_errors(f"model card {readme}"):
+            mode = readme.stat().st_mode
+            write_atomically(readme, with_speed(readme.read_text(encoding="utf-8"), report))
+            readme.chmod(mode)
     if json:
         print_json(report.to_json())
         return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import tempfile
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import typer
 
 from ..errors import InputError, file_errors
 from ..pruning.objective import SEARCH_DEFAULT, UNSTATED, Objective
-from ..pruning.settings import Machine, PruneSettings
+from ..pruning.settings import NO_MASKS, Machine, PruneSettings
 from .output import error_console
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
@@ -129,6 +130,8 @@ def _field_parameter(field: Field[Any]) -> inspect.Parameter:
         if shown in (None, [], False)
         else {"show_default": " ".join(shown) if sample is list else str(shown)}
     )
+    if "shown" in field.metadata:
+        more = {"show_default": field.metadata["shown"]}
     if sample is str and field.metadata.get("content"):
         more["metavar"] = "FILE_OR_DATASET"
     return _parameter(field.name, kind, flag_of(field.name), field.metadata["help"], **more)
@@ -194,7 +197,10 @@ def read_options(given: Mapping[str, Any], settings_file: Path | None) -> tuple[
             error_console.print(
                 f"note: {flag.text} is called {flag.now} now", highlight=False, soft_wrap=True
             )
-    settings = PruneSettings() if settings_file is None else _from_file(settings_file)
+    known = {} if settings_file is None else _from_file(settings_file)
+    settings = PruneSettings.from_plain(known, f"settings file {settings_file}")
+    if "units" in values and "pattern" not in {**known, **values}:
+        values["pattern"] = NO_MASKS
     parts = {field.name: values.pop(field.name) for field in fields(Objective) if field.name in values}
     machine = Machine(**{f.name: values.pop(f.name) for f in fields(Machine) if f.name in values})
     settings = replace(settings, **values)
@@ -212,9 +218,11 @@ def _with_parts(objective: Objective, parts: Mapping[str, Any]) -> Objective:
     return replace(objective, **read)
 
 
-def _from_file(path: Path) -> PruneSettings:
+def _from_file(path: Path) -> Mapping[str, Any]:
+    """What a settings file says."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"settings file {path}: expected a readable file, found {error}") from error
-    return PruneSettings.parse(text, f"settings file {path}")
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"settings file {path}: expected TOML, found {error}") from error

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from ..machine import duration
 from ..progress import Silent
-from ..records.run import LayerRecord
+from ..records.run import ConsumerRecord, LayerRecord
 
 # a pipe or a file has no width of its own: enough for the layer table; "file:x:" is a name, no emoji
 console = Console(width=None if sys.stdout.isatty() else 120, emoji=False)
@@ -201,6 +201,31 @@ def layer_table(layers: Sequence[LayerRecord]) -> Table:
             held_out,
             f"{layer.swaps}",
             f"{layer.seconds:.2f}",
+        )
+    return table
+
+
+def consumer_table(consumers: Sequence[ConsumerRecord]) -> Table:
+    """What became of the layers that lost inputs: one line for each."""
+    shared = _shared_prefix([each.name for each in consumers])
+    table = Table(
+        title=f"units of layers {shared}*" if shared else None,
+        caption="objective relative to the layer's output ‖W X‖², with its old weights and with the new ones",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("layer", overflow="fold", min_width=18)
+    for name in ("units", "stay", "start", "result", "swaps", "s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in consumers:
+        table.add_row(
+            each.name.removeprefix(shared),
+            f"{each.units} {each.kind}",
+            f"{each.kept}",
+            f"{each.objective_start:.4f}",
+            f"{each.objective:.4f}",
+            f"{each.swaps}",
+            f"{each.seconds:.2f}",
         )
     return table
 

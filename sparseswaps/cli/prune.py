@@ -14,9 +14,10 @@ from ..errors import InputError
 from ..evaluation.beginning import AddBos
 from ..evaluation.evaluate import evaluate as run_evaluate
 from ..machine import versions
-from ..masks.file import apply_masks, load_masks, verify_model
+from ..masks.file import MASK_FILE, apply_masks, load_masks, verify_model
 from ..masks.output import claimed
 from ..masks.saving import save_model
+from ..masks.units_file import UNITS_FILE, load_units, verify_units
 from ..models.loading import load_model, resolve_device
 from ..models.sources import Trust
 from ..progress import Progress
@@ -33,6 +34,7 @@ from .options import (
 )
 from .output import (
     console,
+    consumer_table,
     error_console,
     key_values,
     layer_table,
@@ -97,7 +99,10 @@ def prune(
 
     torchrun --nproc-per-node 2 -m sparseswaps prune ./llama --calibration c4 --out pruned
 
-    Sparsity alone makes no model faster: the saved weights are dense tensors with zeros.
+    sparseswaps prune ./llama --units channels=0.25,kv-groups=1 --calibration c4 --out smaller
+
+    Sparsity alone makes no model faster: the saved weights are dense tensors with zeros. With --units the
+    saved model is a smaller dense one, which any runtime serves faster.
     """
     chosen, machine = read_options(options, settings)
     resolve_device(machine.device)
@@ -130,7 +135,10 @@ def prune(
     if json:
         print_json(report.to_json())
     else:
-        console.print(layer_table(report.layers))
+        if report.consumers:
+            console.print(consumer_table(report.consumers))
+        if report.layers:
+            console.print(layer_table(report.layers))
         console.print(_summary(report))
 
 
@@ -145,10 +153,13 @@ def _bars_of(ranks: Ranks, quiet: bool) -> Iterator[Progress | None]:
 
 
 def _summary(report: PruneReport) -> object:
+    where = f"{len(report.layers)} layers, {report.settings.mode}"
     rows = [
-        ("sparsity", f"{report.sparsity:.4%} of {len(report.layers)} layers, {report.settings.mode}"),
+        ("sparsity", f"{report.sparsity:.4%} of {where}"),
         ("layer error", f"{report.error_start:.5f} → {report.error:.5f} (mean over layers, start → result)"),
     ]
+    if report.smaller:
+        rows = [*_of_smaller(report), *rows[1:]]
     if report.left_dense:
         others = ", ".join(f"{count} {reason}" for reason, count in report.left_dense.items())
         rows.append(("left dense", f"{others}; the record names them"))
@@ -180,6 +191,22 @@ def _summary(report: PruneReport) -> object:
     if report.out is not None:
         rows.append(("saved, verified", report.out))
     return key_values(rows)
+
+
+def _of_smaller(report: PruneReport) -> list[tuple[str, str]]:
+    """How much smaller a model is."""
+    fewer = 1 - report.parameters / report.parameters_dense
+    return [
+        (
+            "smaller",
+            f"{report.parameters:,} parameters of {report.parameters_dense:,} ({fewer:.2%} fewer), "
+            f"{report.megabytes:.1f} MB of {report.megabytes_dense:.1f} MB",
+        ),
+        (
+            "sparsity",
+            f"{report.sparsity:.4%} of the blocks' weights are gone or zero, {report.settings.mode}",
+        ),
+    ]
 
 
 def evaluate(
@@ -274,6 +301,11 @@ def apply(
     sparseswaps apply ./llama --masks pruned/masks.safetensors --out pruned-again
     """
     quiet_libraries()
+    if masks.is_dir() and (masks / UNITS_FILE).exists() and not (masks / MASK_FILE).exists():
+        raise InputError(
+            f"apply {masks}: expected a mask file, found a smaller model without masks; it is complete as it "
+            "is, and `prune --settings` makes it again from the dense one"
+        )
     with claimed(out):
         file = load_masks(masks)
         loaded = load_model(model, "cpu", "checkpoint", offload, trust=Trust(allow_pickle, trust_remote_code))
@@ -283,7 +315,9 @@ def apply(
 
 
 def verify(
-    directory: Annotated[Path, typer.Argument(help="A pruned model with masks.safetensors.")],
+    directory: Annotated[
+        Path, typer.Argument(help="A pruned model with masks.safetensors or units.safetensors.")
+    ],
     masks: Annotated[Path | None, typer.Option(help="Another mask file than the one in it.")] = None,
     original: Annotated[
         str | None, typer.Option(help="Dense model, to compare kept weights directly.")
@@ -295,32 +329,60 @@ def verify(
 ) -> None:
     """Prove that every layer has the pattern and that kept weights equal the dense ones bit for bit.
 
-    [bold]Example[/]
+    Of a smaller model (units.safetensors): that it has the units and the values that were saved, and with
+    --original that it is what stays of the dense one, updated weights by their hashes.
+
+    [bold]Examples[/]
 
     sparseswaps verify pruned
+
+    sparseswaps verify smaller --original ./llama
     """
     quiet_libraries()
     trust = Trust(allow_pickle, trust_remote_code)
-    file = load_masks(masks or directory)
+    smaller = directory.is_dir() and (directory / UNITS_FILE).exists()
+    file = None
+    if masks is not None or not smaller or (directory / MASK_FILE).exists():
+        file = load_masks(masks or directory)
+    units = load_units(directory) if smaller else None
     loaded = load_model(directory, "cpu", "checkpoint", offload, trust=trust)
     dense = None if original is None else load_model(original, "cpu", "checkpoint", offload, trust=trust)
-    found = verify_model(loaded, file, dense)
-    if json:
-        print_json(
-            {
-                "ok": found.ok,
-                "layers": found.layers,
-                "weights": found.weights,
-                "pruned": found.pruned,
-                "problems": list(found.problems),
-            }
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    lines: list[str] = []
+    if units is not None:
+        kept = verify_units(loaded, units, file, dense)
+        problems += kept.problems
+        values["units"] = {
+            "consumers": kept.consumers,
+            "units": kept.units,
+            "kept": kept.kept,
+            "parameters": kept.parameters,
+            "parameters_before": kept.parameters_before,
+        }
+        of = "" if kept.parameters_before is None else f" of {kept.parameters_before:,}"
+        lines.append(
+            f"{kept.kept} of {kept.units} units of {kept.consumers} layers stay, {kept.parameters:,} "
+            f"parameters{of}: {_verdict(kept.ok, 'units')}"
         )
-    else:
-        for problem in found.problems:
-            error_console.print(f"[red]wrong:[/] {problem}", highlight=False, soft_wrap=True)
-        console.print(
+    if file is not None:
+        found = verify_model(loaded, file, None if smaller else dense)
+        problems += found.problems
+        values |= {"layers": found.layers, "weights": found.weights, "pruned": found.pruned}
+        lines.append(
             f"{found.layers} layers, {found.pruned} of {found.weights} weights pruned "
-            f"({found.pruned / found.weights:.4%}): {'verified' if found.ok else 'NOT as the mask file says'}"
+            f"({found.pruned / found.weights:.4%}): {_verdict(found.ok, 'mask')}"
         )
-    if not found.ok:
+    if json:
+        print_json({"ok": not problems, **values, "problems": problems})
+    else:
+        for problem in problems:
+            error_console.print(f"[red]wrong:[/] {problem}", highlight=False, soft_wrap=True)
+        for line in lines:
+            console.print(line, highlight=False, soft_wrap=True)
+    if problems:
         raise typer.Exit(1)
+
+
+def _verdict(ok: bool, file: str) -> str:
+    return "verified" if ok else f"NOT as the {file} file says"

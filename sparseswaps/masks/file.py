@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -307,13 +307,11 @@ def verify_model(
     return Verification(len(file.layers), weights, pruned, tuple(problems))
 
 
-def require_verified(verification: Verification, where: str) -> None:
+def require_verified(problems: Sequence[str], where: str) -> None:
     """Raise ``VerificationError`` with the first problem, if there is one."""
-    if verification.problems:
-        more = len(verification.problems) - 1
-        raise VerificationError(
-            f"{where}: {verification.problems[0]}" + (f" (and {more} more problems)" if more else "")
-        )
+    if problems:
+        more = len(problems) - 1
+        raise VerificationError(f"{where}: {problems[0]}" + (f" (and {more} more problems)" if more else ""))
 
 
 def _layers_by_name(

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from ..errors import InvalidFileError, file_errors
 from ..records.run_database import facts_in
 from .file import MASK_FILE
+from .units_file import UNITS_FILE
 
 RECORD_FILE = "record.sqlite"
 LOCK_FILE = ".sparseswaps.lock"
@@ -83,7 +84,7 @@ def _check(folder: Path, resume: bool) -> None:
     if not held:
         return
     facts = facts_in(folder / RECORD_FILE) if RECORD_FILE in held else None
-    if (facts is None and MASK_FILE in held) or (facts is not None and "report" in facts):
+    if (facts is None and {MASK_FILE, UNITS_FILE} & set(held)) or (facts is not None and "report" in facts):
         raise InvalidFileError(f"output {folder}: expected an empty directory, found a finished pruned model")
     if facts is None:
         expected = "an empty directory or an interrupted run" if resume else "an empty directory"

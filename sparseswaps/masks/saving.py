@@ -9,26 +9,50 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import InputError, InvalidFileError, file_errors
-from ..models.blocks import PrunableLayer
+from ..errors import InputError, InvalidFileError, VerificationError, file_errors
+from ..models.blocks import PrunableLayer, device_of
 from ..models.companions import carry_unread, copy_companions, require_carried
+from ..models.inputs import Samples, forward_inputs
 from ..models.loading import LoadedModel, load_model
 from ..models.offload import OffloadedBlocks
+from ..models.outputs import output_states, same_but_for_rounding
 from ..problems.pattern import Pattern
 from ..records.run_database import RunDatabase
 from .file import MASK_FILE, LayerMask, layer_mask, load_masks, require_verified, save_masks, verify_model
 from .output import RECORD_FILE
 from .packing import masked
+from .units_file import UNITS_FILE, UnitsFile, load_units, save_units, verify_units
 
 # What repeats the run: ``sparseswaps prune MODEL --settings FILE``.
 SETTINGS_FILE = "settings.toml"
+
+
+@dataclass(frozen=True, eq=False)
+class Smaller:
+    """A model that kept a part of the units of a larger one.
+
+    Attributes:
+        file: what it kept.
+        sample: inputs on which it is compared when it was saved.
+        dtype: that it computes in, by name.
+    """
+
+    file: UnitsFile
+    sample: Samples
+    dtype: str
+
+    def returned(self, model: nn.Module) -> Tensor:
+        """What a model makes of the sample."""
+        with torch.no_grad():
+            inputs = forward_inputs(model, self.sample.to(device_of(model)))
+            return output_states(model(**inputs))[1]
 
 
 def dense_weights(loaded: LoadedModel, layers: Sequence[PrunableLayer]) -> Mapping[str, Tensor]:
@@ -119,7 +143,7 @@ def run_record(folder: Path | None, settings: Mapping[str, Any], resume: bool) -
                 record.set({"settings": dict(settings)})
             yield record
         except BaseException:
-            if path is not None and not existed and not record.layers():
+            if path is not None and not existed and not record.layers() and not record.consumers():
                 record.close()
                 path.unlink(missing_ok=True)
             raise
@@ -139,8 +163,21 @@ def save_run(
     dense: Mapping[str, Tensor],
     record: RunDatabase,
     texts: Mapping[str, str],
+    smaller: Smaller | None = None,
 ) -> None:
-    """Write model, what stood beside it, ``texts`` by file name, and masks; all of it appears or nothing."""
+    """Write model, what stood beside it, ``texts`` by file name, and masks; all of it appears or nothing.
+
+    Args:
+        folder: of the model.
+        loaded: the pruned model.
+        layers: those that have masks.
+        masks: (rows, cols), bool, by layer name.
+        patterns: of each layer.
+        dense: weights before the masks.
+        record: of the run.
+        texts: more files, by name.
+        smaller: what the model kept of a larger one before it got masks.
+    """
     facts: dict[str, LayerMask] = {}
     for layer in layers:
         weight, mask = dense[layer.name], masks[layer.name]
@@ -153,7 +190,7 @@ def save_run(
         facts[layer.name] = layer_mask(
             mask, patterns[layer.name], weight, updated, None if layer.expert is None else layer.transposed
         )
-    save_model(folder, loaded, masks, facts, texts)
+    save_model(folder, loaded, masks, facts, texts, smaller)
 
 
 def _umask() -> int:
@@ -168,8 +205,9 @@ def save_model(
     masks: Mapping[str, Tensor],
     facts: Mapping[str, LayerMask],
     texts: Mapping[str, str] | None = None,
+    smaller: Smaller | None = None,
 ) -> None:
-    """Save a pruned model as a Hugging Face directory with its mask file, and verify it.
+    """Save a pruned model as a Hugging Face directory with its mask file, its units file, and verify it.
 
     All that stood beside the checkpoint's weights comes along. Everything is written to a folder beside the
     final files, reloaded, verified and only then moved.
@@ -177,14 +215,16 @@ def save_model(
     Args:
         folder: of the model.
         loaded: the pruned model.
-        masks: (rows, cols), bool, by layer name.
+        masks: (rows, cols), bool, by layer name; none for a model that is only smaller.
         facts: of each layer.
         texts: more files, by name.
+        smaller: what it kept of a larger model, None for a model of the dense one's shapes.
 
     Raises:
         InvalidFileError: if it cannot be written.
-        VerificationError: if the reloaded model is not what the masks say.
+        VerificationError: if the reloaded model is not what masks and units say.
     """
+    returned = None if smaller is None else smaller.returned(loaded.model)
     with file_errors(f"output {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".partial-*"):  # of a run that was killed while it saved
@@ -198,10 +238,18 @@ def save_model(
             loaded.tokenizer.save_pretrained(partial)
         for file, text in (texts or {}).items():
             (partial / file).write_text(text, encoding="utf-8")
-        save_masks(partial / MASK_FILE, masks, facts, loaded.source)
+        if smaller is not None:
+            save_units(partial / UNITS_FILE, smaller.file)
+        if facts:
+            save_masks(partial / MASK_FILE, masks, facts, loaded.source)
         _require_as_meant(loaded, partial, folder)
-        # the mask file says that the directory is complete, so it goes last
-        for path in sorted(partial.iterdir(), key=lambda path: path.name == MASK_FILE):
+        if smaller is not None and returned is not None:
+            _require_same_outputs(loaded, partial, smaller, returned)
+        # the mask file, or that of the units, says that the directory is complete, so it goes last
+        last = (UNITS_FILE, MASK_FILE)
+        for path in sorted(
+            partial.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1
+        ):
             _open_to_all(path)
             if (folder / path.name).is_dir():  # of a run that ended after it
                 shutil.rmtree(folder / path.name)
@@ -216,8 +264,26 @@ def _require_as_meant(loaded: LoadedModel, saved: Path, folder: Path) -> None:
         offload = loaded.residence.offloaded
         reloaded = load_model(saved, "cpu", dtype="checkpoint", offload=offload, trust=trust)
     where = f"saved model {folder}"
-    require_verified(verify_model(reloaded, load_masks(saved)), where)
+    masks = load_masks(saved) if (saved / MASK_FILE).exists() else None
+    if masks is not None:
+        require_verified(verify_model(reloaded, masks).problems, where)
+    if (saved / UNITS_FILE).exists():
+        require_verified(verify_units(reloaded, load_units(saved), masks).problems, where)
     require_carried(loaded, reloaded, where)
+
+
+def _require_same_outputs(loaded: LoadedModel, saved: Path, smaller: Smaller, returned: Tensor) -> None:
+    """Load a smaller model as a user would, and compare what it returns with what it returned before."""
+    device = device_of(loaded.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trust = replace(loaded.trust, pickle=False)
+        reloaded = load_model(saved, device, dtype=smaller.dtype, trust=trust)
+    found = smaller.returned(reloaded.model)
+    if not same_but_for_rounding(returned, found):
+        raise VerificationError(
+            f"saved model {loaded.source}: expected the outputs that it had before it was saved, found others"
+        )
 
 
 def _open_to_all(path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -26,26 +27,44 @@ def routers_in(block: nn.Module, name: str) -> set[str]:
         path: module for path, module in block.named_modules(prefix=name) if isinstance(module, nn.Linear)
     }
     found = {path for path in linear if any(fnmatch.fnmatchcase(path, pattern) for pattern in NAMES)}
-    for mixture, container, experts in _mixtures(block, name):
+    for mixture in mixtures_in(block, name):
         for path, module in linear.items():
-            if not path.startswith(f"{mixture}.") or path.startswith(f"{container}."):
+            if not path.startswith(f"{mixture.name}.") or path.startswith(f"{mixture.experts}."):
                 continue
-            if module.out_features in (1, experts) and not _is_read(path, module, linear):
+            if module.out_features in (1, mixture.count) and not _is_read(path, module, linear):
                 found.add(path)
     return found
 
 
-def _mixtures(block: nn.Module, name: str) -> Iterator[tuple[str, str, int]]:
-    """Mixtures of experts: the name of the module around the experts, theirs, and how many there are."""
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts.
+
+    Attributes:
+        name: of the module around the experts.
+        experts: name of what holds them.
+        count: how many there are.
+        fused: whether that holds one parameter for all.
+    """
+
+    name: str
+    experts: str
+    count: int
+    fused: bool
+
+
+def mixtures_in(block: nn.Module, name: str) -> Iterator[Mixture]:
+    """Mixtures of experts in a block called ``name``."""
     for path, module in block.named_modules(prefix=name):
-        mixture = path.rpartition(".")[0]
+        around = path.rpartition(".")[0]
         if is_fused(module):
-            yield mixture, path, max(p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3)
+            count = max(p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3)
+            yield Mixture(around, path, count, True)
         elif isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1 and path != name:
             each = module.values() if isinstance(module, nn.ModuleDict) else module
             kinds = {type(expert) for expert in each}
             if len(kinds) == 1 and any(isinstance(inner, nn.Linear) for inner in module.modules()):
-                yield mixture, path, len(module)
+                yield Mixture(around, path, len(module), False)
 
 
 def _is_read(path: str, module: nn.Linear, linear: dict[str, nn.Linear]) -> bool:

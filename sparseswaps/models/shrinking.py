@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import InputError, InvalidModelError, VerificationError
 from .blocks import PrunableLayer, device_of
 from .checkpoints import silent_transformers
+from .experts import ExpertGroup
 from .inputs import Samples, forward_inputs
 from .loading import LoadedModel
 from .offload import OffloadedBlocks, Residence
@@ -36,13 +37,16 @@ _MOST_KEYS = 4
 # Of a configuration that holds the number of heads, which may be the size of a head as well.
 _SIZES = ("dim", "size")
 
+# Channels, heads, groups of heads, experts.
+Units = UnitGroup | ExpertGroup
 
-def check_shrinkable(loaded: LoadedModel, groups: Sequence[UnitGroup], kept: Sequence[int]) -> int:
+
+def check_shrinkable(loaded: LoadedModel, groups: Sequence[Units], kept: Sequence[int]) -> int:
     """Refuse, before any work, what ``shrunk_model`` could not make; no weight is looked at.
 
     Args:
         loaded: the model.
-        groups: from ``find_units``, at most one for each consumer.
+        groups: from ``find_units`` and ``find_experts``, at most one for each consumer.
         kept: how many units of each group stay.
 
     Returns:
@@ -52,29 +56,19 @@ def check_shrinkable(loaded: LoadedModel, groups: Sequence[UnitGroup], kept: Seq
         InputError: if these numbers of units cannot be kept.
         InvalidModelError: if no configuration of the family holds the smaller model.
     """
-    masks = []
-    for group, count in zip(groups, kept, strict=True):
-        sets = group.units // group.exchangeable
-        if not 0 < count <= group.units or count % sets:
-            raise InputError(
-                f"{group.kind} of block {group.block}: expected to keep from {sets} to {group.units}, a "
-                f"multiple of {sets}, found {count}"
-            )
-        mask = torch.zeros(sets, group.exchangeable, dtype=torch.bool)
-        mask[:, : count // sets] = True
-        masks.append(mask.flatten())
+    masks = [_first(group, count) for group, count in zip(groups, kept, strict=True)]
     skeleton = _skeleton(loaded.model, groups, masks)
     return sum(parameter.numel() for parameter in skeleton.parameters())
 
 
-def shrunk_model(loaded: LoadedModel, groups: Sequence[UnitGroup], kept: Sequence[Tensor]) -> LoadedModel:
+def shrunk_model(loaded: LoadedModel, groups: Sequence[Units], kept: Sequence[Tensor]) -> LoadedModel:
     """The model without the units that are not kept; with their columns at zero it computes the same.
 
     Tensors without units are shared with the larger model.
 
     Args:
         loaded: the model, whose weights may be offloaded; those of the smaller one are in memory.
-        groups: from ``find_units``, at most one for each consumer.
+        groups: from ``find_units`` and ``find_experts``, at most one for each consumer.
         kept: (units,), bool, for each group.
 
     Raises:
@@ -88,8 +82,11 @@ def shrunk_model(loaded: LoadedModel, groups: Sequence[UnitGroup], kept: Sequenc
                 f"{group.kind} of block {group.block}: expected equally many kept of every "
                 f"{group.exchangeable}, and one at least, found {counts.tolist()}"
             )
+        flaw = group.flaw_of(int(mask.sum()))
+        if flaw is not None:
+            raise InputError(f"{group.kind} of block {group.block}: {flaw}")
     small: Any = _skeleton(loaded.model, groups, kept)
-    stay = _stay(groups, kept)
+    stay = entries_that_stay(groups, kept)
     made: dict[int, Tensor] = {}  # a tied parameter is one parameter
     for name, tensor in _tensors(loaded.model).items():
         if id(tensor) not in made:
@@ -102,6 +99,45 @@ def shrunk_model(loaded: LoadedModel, groups: Sequence[UnitGroup], kept: Sequenc
     if generation is not None:
         small.generation_config = deepcopy(generation)
     return replace(loaded, model=small.eval(), residence=Residence())
+
+
+def mixture_skeletons(
+    model: PreTrainedModel, groups: Sequence[ExpertGroup], kept: Sequence[int]
+) -> dict[str, nn.Module]:
+    """Mixtures with fewer experts by name, of the right shapes and without weights.
+
+    Args:
+        model: the whole one.
+        groups: all its mixtures.
+        kept: how many experts of each stay.
+
+    Raises:
+        InputError: if these numbers of experts cannot be kept.
+        InvalidModelError: if no configuration of the family holds them.
+    """
+    small = _skeleton(
+        model, groups, [_first(group, count) for group, count in zip(groups, kept, strict=True)]
+    )
+    return {group.name: small.get_submodule(group.name).eval() for group in groups}
+
+
+def fill_mixture(skeleton: nn.Module, large: nn.Module, group: ExpertGroup, kept: Tensor) -> nn.Module:
+    """A mixture from ``mixture_skeletons`` with the weights of the experts of ``kept`` (experts,), bool.
+
+    What belongs to no expert is shared with the mixture ``large``.
+    """
+    axes = {name.removeprefix(f"{group.name}."): axis for name, axis in group.tensors}
+    for name, tensor in _tensors(large).items():
+        values = tensor.detach()
+        if name in axes:
+            values = values.index_select(axes[name], kept.nonzero().flatten().to(values.device))
+        place, _, attribute = name.rpartition(".")
+        inside = skeleton.get_submodule(place)
+        if isinstance(tensor, nn.Parameter):
+            inside._parameters[attribute] = nn.Parameter(values, tensor.requires_grad)
+        else:
+            inside._buffers[attribute] = values
+    return skeleton
 
 
 def verify_shrunk(large: nn.Module, small: nn.Module, samples: Samples) -> None:
@@ -127,6 +163,21 @@ def verify_shrunk(large: nn.Module, small: nn.Module, samples: Samples) -> None:
         )
 
 
+def _first(group: Units, count: int) -> Tensor:
+    """A choice of so many units (units,), bool.
+
+    Raises:
+        InputError: if so many cannot be kept.
+    """
+    flaw = group.flaw_of(count)
+    if flaw is not None:
+        raise InputError(f"{group.kind} of block {group.block}: {flaw}")
+    sets = group.units // group.exchangeable
+    mask = torch.zeros(sets, group.exchangeable, dtype=torch.bool)
+    mask[:, : count // sets] = True
+    return mask.flatten()
+
+
 def _left(loaded: LoadedModel, name: str, tensor: Tensor, stay: Mapping[tuple[str, int], Tensor]) -> Tensor:
     """What is left of a parameter or buffer."""
     values = tensor.detach()
@@ -144,8 +195,13 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
 
 
-def _stay(groups: Sequence[UnitGroup], kept: Sequence[Tensor]) -> dict[tuple[str, int], Tensor]:
-    """Which entries along an axis of a parameter stay, bool, by its name and the axis."""
+def entries_that_stay(groups: Sequence[Units], kept: Sequence[Tensor]) -> dict[tuple[str, int], Tensor]:
+    """Which entries along an axis of a parameter stay, bool, by its name and the axis.
+
+    Args:
+        groups: from ``find_units`` and ``find_experts``, of the larger model.
+        kept: (units,), bool, for each group.
+    """
     found: dict[tuple[str, int], Tensor] = {}
 
     def drop(name: str, axis: int, size: int, entries: Tensor) -> None:
@@ -155,6 +211,10 @@ def _stay(groups: Sequence[UnitGroup], kept: Sequence[Tensor]) -> dict[tuple[str
         return int(rows == layer.transposed)
 
     for group, mask in zip(groups, kept, strict=True):
+        if isinstance(group, ExpertGroup):
+            for name, axis in group.tensors:
+                drop(name, axis, group.units, (~mask).nonzero())
+            continue
         consumer = group.consumer
         cols = consumer.weight.shape[1]
         drop(consumer.parameter_name, axis_of(consumer, rows=False), cols, group.columns[~mask])
@@ -168,38 +228,42 @@ def _stay(groups: Sequence[UnitGroup], kept: Sequence[Tensor]) -> dict[tuple[str
 
 @dataclass(frozen=True)
 class _Change:
-    """A size that becomes another one, of heads or of something else."""
+    """A size that becomes another one, and the word that keys of a configuration have for it."""
 
     old: int
     new: int
-    heads: bool
+    word: str
+
+    @property
+    def heads(self) -> bool:
+        """Whether it is a number of heads."""
+        return self.word == "head"
 
 
-def _changes(groups: Sequence[UnitGroup], counts: Sequence[int]) -> list[_Change]:
+def _changes(groups: Sequence[Units], counts: Sequence[int]) -> list[_Change]:
     """Sizes that become others; a configuration holds one for all blocks."""
     first: dict[tuple[str, int], tuple[int, int]] = {}
     consumers: set[str] = set()
     found: dict[_Change, None] = {}
     for group, count in zip(groups, counts, strict=True):
-        name = group.consumer.name
-        if name in consumers:
-            raise InputError(f"units of {name}: expected one kind of them, found several")
-        consumers.add(name)
+        if group.place in consumers:
+            raise InputError(f"units of {group.place}: expected one kind of them, found several")
+        consumers.add(group.place)
         before, block = first.setdefault((group.kind, group.units), (count, group.block))
         if count != before:
             raise InputError(
                 f"{group.kind}: expected equally many kept in every block, since one configuration holds for "
                 f"all, found {before} in block {block} and {count} in block {group.block}"
             )
-        heads = group.kind != "channels"
+        word = {"channels": "", "experts": "expert"}.get(group.kind, "head")
         sizes = {group.units: count}
-        if group.kind == "kv-groups":
+        if isinstance(group, UnitGroup) and group.kind == "kv-groups":
             sizes[group.units * group.sharing] = count * group.sharing
-        found |= dict.fromkeys(_Change(old, new, heads) for old, new in sizes.items() if old != new)
+        found |= dict.fromkeys(_Change(old, new, word) for old, new in sizes.items() if old != new)
     return list(found)
 
 
-def _skeleton(model: PreTrainedModel, groups: Sequence[UnitGroup], kept: Sequence[Tensor]) -> PreTrainedModel:
+def _skeleton(model: PreTrainedModel, groups: Sequence[Units], kept: Sequence[Tensor]) -> PreTrainedModel:
     """The smaller model, with all its tensors on the meta device.
 
     Raises:
@@ -207,7 +271,7 @@ def _skeleton(model: PreTrainedModel, groups: Sequence[UnitGroup], kept: Sequenc
         InvalidModelError: if no configuration fits.
     """
     changes = _changes(groups, [int(mask.sum()) for mask in kept])
-    stay = _stay(groups, kept)
+    stay = entries_that_stay(groups, kept)
     shapes = {
         name: tuple(
             int(stay[name, axis].sum()) if (name, axis) in stay else size
@@ -215,8 +279,37 @@ def _skeleton(model: PreTrainedModel, groups: Sequence[UnitGroup], kept: Sequenc
         )
         for name, tensor in _tensors(model).items()
     }
-    head_dims = {group.head_dim for group in groups if group.kind != "channels"}
-    return _fitting(model, shapes, changes, min(head_dims) if len(head_dims) == 1 else None)
+    heads = [group for group in groups if isinstance(group, UnitGroup) and group.kind != "channels"]
+    head_dims = {group.head_dim for group in heads}
+    small = _fitting(model, shapes, changes, min(head_dims) if len(head_dims) == 1 else None)
+    for group, mask in zip(groups, kept, strict=True):
+        if isinstance(group, ExpertGroup):
+            _try_router(small, group, int(mask.sum()))
+    return small
+
+
+def _try_router(small: PreTrainedModel, group: ExpertGroup, kept: int) -> None:
+    """Run a mixture of the smaller model without its experts, on shapes alone.
+
+    Raises:
+        InvalidModelError: if its router cannot choose among those that stay.
+    """
+    mixture = small.get_submodule(group.name)
+    inside = next(name for name, each in group.module.named_modules() if each is group.experts)
+    experts = mixture.get_submodule(inside)
+    # of the same shape as what they are given: nobody reads what comes out
+    experts.__dict__["forward"] = lambda states, *_, **__: states
+    try:
+        with torch.no_grad():
+            mixture(torch.empty((1, 2, group.channels), device="meta"))
+    except Exception as error:  # whatever a router says that has too few to choose from
+        message = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+        raise InvalidModelError(
+            f"experts of block {group.block}: expected a router that chooses among {kept} of {group.units}, "
+            f"found one that cannot: {message}"
+        ) from error
+    finally:
+        del experts.__dict__["forward"]
 
 
 # A place in a configuration, keys of dictionaries inside of dictionaries, and what changes there.
@@ -323,13 +416,13 @@ def _settings(values: Mapping[Any, Any], changes: Sequence[_Change], unset: bool
             found += [((key, *place), change) for place, change in _settings(value, changes, unset)]
         for change in changes:
             fits = type(value) is int and value == change.old
-            if change.heads:
+            if change.word:
                 fits = fits and not any(word in key for word in _SIZES)
             else:
                 fits = "head" not in key and (fits or (unset and value is None))
             if fits:
                 found.append(((key,), change))
-    return sorted(found, key=lambda setting: setting[1].heads and "head" not in setting[0][-1])
+    return sorted(found, key=lambda setting: setting[1].word not in setting[0][-1])
 
 
 def _constants(model: nn.Module) -> dict[str, float]:

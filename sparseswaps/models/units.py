@@ -44,12 +44,24 @@ class UnitGroup:
         return len(self.columns)
 
     @property
+    def place(self) -> str:
+        """What the units are in front of; a model cannot lose several kinds of units of one place."""
+        return self.consumer.name
+
+    @property
     def exchangeable(self) -> int:
         """So many neighbouring units can take each other's places, and equally many of them are kept.
 
         Query heads among those that share keys and values, all units otherwise.
         """
         return self.sharing if self.kind == "heads" and self.sharing > 1 else self.units
+
+    def flaw_of(self, kept: int) -> str | None:
+        """Why so many units cannot stay, None if they can."""
+        sets = self.units // self.exchangeable
+        if 0 < kept <= self.units and kept % sets == 0:
+            return None
+        return f"expected to keep from {sets} to {self.units}, a multiple of {sets}, found {kept}"
 
     @property
     def head_dim(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,9 +31,10 @@ from .objective import AUTO
 from .pipeline import check_options, with_drift_that_works, with_stated_drifts
 from .refinement import check_refinement
 from .settings import Allocation, Machine, Mode, PruneSettings
+from .unit_plan import UnitPlan, plan_units
 
-# Told what a run will need, and how its windows begin.
-Announce = Callable[[Estimate | Beginning], None]
+# Told what a run will need, how its windows begin, and which units go.
+Announce = Callable[[Estimate | Beginning | UnitPlan], None]
 
 # Layer errors are measured on so many tokens of the evaluation text as well, in windows of it, at least and
 # at most so many.
@@ -54,6 +55,7 @@ class Inputs:
         activation_limit: bytes of activations in main memory, or None.
         skip: whether blocks depend on earlier ones only through what those return (``can_skip``).
         activation_room: bytes of activations that stay on the device.
+        units: that go before masks are chosen, None for none.
     """
 
     settings: PruneSettings
@@ -65,6 +67,7 @@ class Inputs:
     activation_limit: int | None
     skip: bool
     activation_room: int = 0
+    units: UnitPlan | None = None
 
     @property
     def layers(self) -> list[PrunableLayer]:
@@ -98,6 +101,7 @@ def gather_inputs(
     Raises:
         InputError: for anything that cannot be used.
     """
+    settings.check_units()
     target = resolve_device(machine.device)
     given = isinstance(model, LoadedModel)
 
@@ -114,15 +118,8 @@ def gather_inputs(
     settings = with_stated_drifts(asked)
     calibration, evaluation = _windows(shapes, settings, settings.add_bos is AddBos.YES)
     blocks = find_blocks(shapes.model, settings.include, settings.exclude, settings.prune_routers)
-    patterns = patterns_of(blocks, settings.pattern)
-    check_options(settings, patterns.values())
-    check_allocation(settings.allocation, settings.pattern)
-    check_refinement(blocks, patterns, settings.refine)
     offload = shapes.residence.offloaded if given else machine.offload
-    if settings.refine and offload:
-        raise InputError(
-            "refinement changes layers of all blocks in turn: expected a model in memory, found offloading"
-        )
+    _check_patterns(settings, blocks, offload, machine)
     limit = None if machine.activation_limit is None else int(machine.activation_limit * 1e9)
     needs = estimate(
         shapes,
@@ -140,7 +137,8 @@ def gather_inputs(
     loaded = read(offload)
     blocks = find_blocks(loaded.model, settings.include, settings.exclude, settings.prune_routers)
     blocks = blocks_as_used(loaded.model, blocks, calibration.tokens)
-    patterns_of(blocks, settings.pattern)
+    if settings.pattern is not None:
+        patterns_of(blocks, settings.rule)
     for block in blocks:
         with loaded.residence.resident(block):
             check_finite([block])
@@ -155,9 +153,32 @@ def gather_inputs(
     )
     asked = replace(asked, add_bos=beginning.add_bos)
     skip = machine.ranks.from_first(lambda: can_skip(loaded.model, blocks, calibration.tokens))
-    settings = with_drift_that_works(loaded.model, asked, skip, machine.ranks)
+    units = plan_units(loaded, asked, calibration.tokens, skip)
+    if units is not None and announce is not None:
+        announce(units)
+    if settings.pattern is None and units is not None:
+        settings = replace(asked, objective=units.method.objective)
+    else:
+        settings = with_drift_that_works(loaded.model, asked, skip, machine.ranks)
     room = needs.activation_room
-    return Inputs(settings, loaded, blocks, calibration, evaluation, target, limit, skip, room)
+    return Inputs(settings, loaded, blocks, calibration, evaluation, target, limit, skip, room, units)
+
+
+def _check_patterns(
+    settings: PruneSettings, blocks: Sequence[Block], offload: bool, machine: Machine
+) -> None:
+    """Refuse what does not go together before any work is done."""
+    patterns = {} if settings.pattern is None else patterns_of(blocks, settings.rule)
+    check_options(settings, patterns.values())
+    if settings.pattern is not None:
+        check_allocation(settings.allocation, settings.rule)
+    check_refinement(blocks, patterns, settings.refine)
+    changes = "refinement changes layers of all blocks in turn" if settings.refine else ""
+    changes = "units make another model" if settings.units is not None else changes
+    if changes and offload:
+        raise InputError(f"{changes}: expected a model in memory, found offloading")
+    if settings.units is not None and machine.ranks.count > 1:
+        raise InputError(f"units: expected one process that chooses them, found {machine.ranks.count}")
 
 
 def _work(settings: PruneSettings, calibration: Windows, evaluation: Windows | None, saved: bool) -> Work:
@@ -173,6 +194,7 @@ def _work(settings: PruneSettings, calibration: Windows, evaluation: Windows | N
         compared=round(objective.held_out_share * len(calibration)) if objective.drift == AUTO else 0,
         refined=settings.refine > 0,
         saved=saved,
+        units=settings.units is not None,
     )
 
 

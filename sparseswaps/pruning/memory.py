@@ -57,6 +57,10 @@ PARTS_BYTES = 10
 ACTIVATION_SHARE = 0.25
 # Per entry of an output metric while it is made and used: itself, the drift's covariance, products of errors.
 METRIC_BYTES = 48
+# Per entry of the widest Gram matrix while units are chosen: it and the ridged one, the inverse, what a swap
+# would change and what that is made of, all in float64; per entry of the weight: itself, the target, the
+# weights of least squares and products of these.
+UNIT_GRAM_BYTES, UNIT_WEIGHT_BYTES = 80, 48
 # What comes to main memory while layers are pruned on a processor: compiled loops and their compiler.
 COMPILER_BYTES = 150 * 10**6
 # Freed memory between other pieces that the C library keeps: this share of what is computed, until that is in
@@ -80,6 +84,7 @@ class Work:
         compared: windows on which the model's output chooses the strength of the drift.
         refined: whether masks are refined against the model's output.
         saved: whether the pruned model is saved.
+        units: whether whole units go first, into a model of its own.
     """
 
     held_out: int = 0
@@ -91,6 +96,7 @@ class Work:
     compared: int = 0
     refined: bool = False
     saved: bool = False
+    units: bool = False
 
 
 @dataclass(frozen=True)
@@ -247,6 +253,7 @@ class _Stages:
             # beside the block in memory the next one is read ahead
             host = self._dense + self._own + max(kept for kept, _ in stages)
             device = self._own + self.resident + max(computed for _, computed in stages)
+            device += sum(self._of_blocks) if self.work.units else 0
         else:
             most = max(kept + _with_gaps(computed) for kept, computed in stages)
             host, device = self._dense + 2 * self._own + COMPILER_BYTES + most, 0
@@ -274,6 +281,8 @@ class _Stages:
             layer.weight.numel() * self.loaded.dtypes.get(layer.parameter_name, layer.weight.dtype).itemsize
             for layer in self.layers
         ]
+        if self.work.units:  # or the smaller model beside the dense one
+            return max(sum(sizes), sum(self._of_blocks))
         return 0 if self.offload else sum(sizes)
 
     @cached_property
@@ -409,6 +418,9 @@ class _Stages:
         solving += GRAM_BYTES * cols**2 + SEARCH_BYTES * rows * cols // self.ranks
         if self.on_device:
             solving += cols * (KERNEL_BYTES * min(rows, KERNEL_ROWS) + ERROR_BYTES * min(rows, ROW_CHUNK))
+        if work.units:
+            choosing = UNIT_GRAM_BYTES * cols**2 + UNIT_WEIGHT_BYTES * rows * cols
+            solving = max(solving, sums + choosing)
         solving += METRIC_BYTES * rows**2 if work.metric else 0
         if work.compared:
             windows = min(work.compared, self._batch(batch_size_for(self._length)))

@@ -41,8 +41,8 @@ from ..records.run import LayerRecord
 from ..records.run_database import RunDatabase
 from ..solvers import Solution
 from .layer_solving import LayerSolving, Solved, StepSums, left_dense, patterns_of
-from .objective import Objective
-from .settings import Mode, PruneSettings, Unreached
+from .objective import UNIT_DEFAULT, Objective
+from .settings import Mode, PruneSettings, UnitUpdate, Unreached
 from .shared_rows import first_alone, shared_record
 
 OnLayer = Callable[[LayerProblem, Solution], None]
@@ -113,7 +113,7 @@ def prune_layers(
     if skip is None:
         skip = context.ranks.from_first(lambda: can_skip(model, blocks, calibration))
     settings = with_drift_that_works(model, given, skip, context.ranks)
-    known = patterns_of(blocks, settings.pattern if patterns is None else patterns)
+    known = patterns_of(blocks, settings.rule if patterns is None else patterns)
     check_options(settings, known.values())
     layers = [layer for block in blocks for layer in block.layers]
     database = shared_record(context.record, context.ranks)
@@ -139,7 +139,11 @@ def prune_layers(
 
 def with_stated_drifts(settings: PruneSettings) -> PruneSettings:
     """The settings with the solver's own drift and residual drift where none is stated."""
-    search = settings.solver.drift_by_default and settings.mode is Mode.SEQUENTIAL
+    sequential = settings.mode is Mode.SEQUENTIAL
+    if settings.pattern is None:
+        search = sequential and settings.unit_update is not UnitUpdate.NONE
+        return replace(settings, objective=settings.objective.resolved(search, UNIT_DEFAULT))
+    search = settings.solver.drift_by_default and sequential
     return replace(settings, objective=settings.objective.resolved(search))
 
 

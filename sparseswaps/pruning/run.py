@@ -34,14 +34,14 @@ from ..masks.saving import (
     run_record,
     save_run,
 )
-from ..models.blocks import Block, device_of, passed_over
+from ..models.blocks import Block, PrunableLayer, device_of, find_blocks, passed_over
 from ..models.contents import model_hash
 from ..models.loading import LoadedModel, resolve_device
 from ..problems.pattern import Pattern, pattern_of
 from ..problems.products import TF32_OVERRIDE, tf32_is_forced
 from ..progress import Progress, Silent
 from ..ranks import Ranks
-from ..records.run import LayerRecord, known_mean
+from ..records.run import ConsumerRecord, LayerRecord, known_mean
 from ..records.run_database import RunDatabase
 from .allocation import allocate
 from .card import CARD_FILE, model_card
@@ -50,6 +50,7 @@ from .pipeline import OnLayer, RunContext, prune_layers
 from .refinement import Refinement, record_refined_errors, refine_masks
 from .report import PruneReport
 from .settings import Machine, PruneSettings, split_options
+from .smaller_model import make_smaller
 
 
 def prune(
@@ -136,9 +137,19 @@ def _run(
     ranks, record, settings = context.ranks, context.record, inputs.settings
     refined = bool(settings.refine)
     left_dense = passed_over(inputs.blocks, settings.include, settings.exclude)
-    record.set({"left_dense": left_dense, "versions": versions()})
+    record.set({"left_dense": {} if settings.pattern is None else left_dense, "versions": versions()})
     before = _dense_quality(inputs, identity, context)
-    found = _prune(inputs, dense, context)
+    size = _Size.of(inputs.model)
+    smaller = None
+    if inputs.units is not None:
+        record.set(
+            {"units_left": dict(inputs.units.left), "unit_objective": str(inputs.units.method.objective)}
+        )
+        dense = {}  # which is in nobody's way from here on
+        smaller = make_smaller(inputs, inputs.units, context)
+        inputs = smaller.inputs
+        dense = dense_weights(inputs.model, inputs.layers) if settings.pattern is not None else {}
+    found = _Found({}, {}, None) if settings.pattern is None else _prune(inputs, dense, context)
     after = _Quality()
     if ranks.first or not refined:  # only the first rank has the refined model
         after = _quality(inputs, "pruned", replace(context, ranks=Ranks() if refined else ranks))
@@ -146,18 +157,25 @@ def _run(
         return ranks.from_first(_never)
 
     def report_now() -> PruneReport:
-        report = _report(inputs, found, before, after, record, time.perf_counter() - begin)
+        report = _report(inputs, found, before, after, record, time.perf_counter() - begin, size)
         return replace(report, out=None if folder is None else str(folder))
 
     if folder is not None:
-        layers = [layer for block in _without_dense(inputs.blocks, record) for layer in block.layers]
+        layers = [] if settings.pattern is None else _masked_layers(inputs, record)
         texts = {
             CARD_FILE: model_card(report_now(), inputs.model.origin),
             SETTINGS_FILE: str(settings),
         }
-        save_run(folder, inputs.model, layers, found.masks, found.patterns, dense, record, texts)
+        saved = None if smaller is None else smaller.saved
+        save_run(folder, inputs.model, layers, found.masks, found.patterns, dense, record, texts, saved)
     report = report_now()
-    record.set({"report": {key: value for key, value in report.to_json().items() if key != "layers"}})
+    record.set(
+        {
+            "report": {
+                key: value for key, value in report.to_json().items() if key not in ("layers", "consumers")
+            }
+        }
+    )
     return ranks.from_first(lambda: report)
 
 
@@ -252,6 +270,11 @@ def _prune(inputs: Inputs, dense: Mapping[str, Tensor], context: RunContext) -> 
     return _Found(masks, patterns, refinement)
 
 
+def _masked_layers(inputs: Inputs, record: RunDatabase) -> list[PrunableLayer]:
+    """Layers that have masks."""
+    return [layer for block in _without_dense(inputs.blocks, record) for layer in block.layers]
+
+
 def _without_dense(blocks: Sequence[Block], record: RunDatabase) -> list[Block]:
     """``blocks`` without the layers that were left dense."""
     pruned = {layer.name for layer in record.layers() if not layer.left_dense}
@@ -269,7 +292,7 @@ def _patterns(inputs: Inputs, context: RunContext) -> dict[str, Pattern]:
     patterns = allocate(
         inputs.model.model,
         inputs.blocks,
-        inputs.settings.pattern,
+        inputs.settings.rule,
         inputs.calibration.tokens,
         inputs.settings.allocation,
         inputs.settings.solver,
@@ -332,12 +355,21 @@ def _quality(inputs: Inputs, which: str, context: RunContext) -> _Quality:
 
 
 def _report(
-    inputs: Inputs, found: _Found, before: _Quality, after: _Quality, record: RunDatabase, seconds: float
+    inputs: Inputs,
+    found: _Found,
+    before: _Quality,
+    after: _Quality,
+    record: RunDatabase,
+    seconds: float,
+    dense: _Size,
 ) -> PruneReport:
+    """What the run found."""
     records = {finished.name: finished for finished in record.layers()}
-    finished = tuple(records[layer.name] for layer in inputs.layers)
+    finished = tuple(records[layer.name] for layer in inputs.layers) if inputs.settings.pattern else ()
     pruned = [layer for layer in finished if not layer.left_dense]
-    refinement, device = found.refinement, inputs.device
+    consumers = tuple(record.consumers())
+    measured: Sequence[LayerRecord | ConsumerRecord] = pruned if inputs.settings.pattern else consumers
+    refinement, device, size = found.refinement, inputs.device, _Size.of(inputs.model)
     return PruneReport(
         model=inputs.model.source,
         settings=replace(inputs.settings, samples=len(inputs.calibration)),
@@ -352,13 +384,18 @@ def _report(
         cosine=after.cosine_to(before),
         compared=after.compared,
         layers=finished,
+        consumers=consumers,
+        parameters_dense=dense.parameters,
+        parameters=size.parameters,
+        megabytes_dense=dense.megabytes,
+        megabytes=size.megabytes,
         left_dense=Counter(record.facts()["left_dense"].values()),
-        error_start=sum(layer.error_start for layer in pruned) / len(pruned),
-        error=sum(layer.error for layer in pruned) / len(pruned),
+        error_start=sum(layer.error_start for layer in measured) / len(measured),
+        error=sum(layer.error for layer in measured) / len(measured),
         held_out_error=known_mean([layer.held_out_error for layer in finished]),
-        sparsity=_pruned_share(finished),
+        sparsity=_pruned_share(finished, dense.layers, size.layers, inputs.units is not None),
         seconds=seconds,
-        seconds_layers=sum(layer.seconds for layer in finished),
+        seconds_layers=sum(each.seconds for each in consumers) + sum(each.seconds for each in finished),
         peak_memory_mb=peak_memory_mb(),
         peak_device_memory_mb=_peak_device_memory_mb(device),
         device=_device_name(device),
@@ -376,9 +413,37 @@ def _stage(progress: Progress, text: str) -> Any:
     return lambda done, total: progress.stage(text, done, total)
 
 
-def _pruned_share(layers: Sequence[LayerRecord]) -> float:
-    weights = sum(layer.rows * layer.cols for layer in layers)
-    return sum(layer.sparsity * layer.rows * layer.cols for layer in layers) / weights
+def _pruned_share(layers: Sequence[LayerRecord], before: int, left: int, smaller: bool) -> float:
+    """Pruned share of the weights of layers that were to have masks; of all layers where units went."""
+    zeros = sum(layer.sparsity * layer.rows * layer.cols for layer in layers)
+    if smaller:
+        return (before - left + zeros) / before
+    return zeros / sum(layer.rows * layer.cols for layer in layers)
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Of a model: parameters, 10⁶ bytes of what is saved of it, weights of the layers of its blocks."""
+
+    parameters: int
+    megabytes: float
+    layers: int
+
+    @classmethod
+    def of(cls, loaded: LoadedModel) -> _Size:
+        network, saved = loaded.model, loaded.model.state_dict().keys()
+        tensors = [*network.named_parameters(), *network.named_buffers()]
+        size = sum(
+            tensor.numel() * loaded.dtypes.get(name, tensor.dtype).itemsize
+            for name, tensor in tensors
+            if name in saved
+        )
+        layers = [layer for block in find_blocks(network) for layer in block.layers]
+        return cls(
+            sum(parameter.numel() for parameter in network.parameters()),
+            size / 1e6,
+            sum(layer.weight.numel() for layer in layers),
+        )
 
 
 def _peak_device_memory_mb(device: torch.device) -> float | None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, Self
 
@@ -24,10 +25,14 @@ from ..evaluation.beginning import AddBos
 from ..models.loading import check_dtype
 from ..models.sources import Trust
 from ..problems.pattern import PatternRule
+from ..problems.units import RIDGE
 from ..ranks import Ranks
 from ..solvers import Group, OneSwap, Solver, Wanda
 from ..solvers.registry import parse_solver, solver_text
+from ..solvers.units import DropAddSwap, UnitSolver
+from ..solvers.units.registry import parse_unit_solver, unit_solver_text
 from .objective import DEFAULT, Objective
+from .unit_shares import MULTIPLE, UnitShares
 
 Text = str | os.PathLike[str] | Windows
 
@@ -54,6 +59,13 @@ class Unreached(StrEnum):
     MAGNITUDE = "magnitude"
 
 
+class UnitUpdate(StrEnum):
+    """What becomes of a consumer's kept columns when others have gone."""
+
+    LEAST_SQUARES = "least-squares"
+    NONE = "none"
+
+
 @dataclass(frozen=True)
 class Kind:
     """How the values of an option are read and written.
@@ -78,7 +90,7 @@ def option(default: Any, help: str, kind: Kind, **more: Any) -> Any:
         kind: how it is read and written.
         **more: ``old`` has former flags of the command line that stand for it, by the value that they give,
             or None for the value behind them; ``content`` says that the text names a source whose content is
-            compared on resume instead of the name.
+            compared on resume instead of the name; ``shown`` is what the help says of a default of None.
     """
     return dataclasses.field(default=default, metadata={"help": help, "kind": kind, **more})
 
@@ -135,7 +147,32 @@ def _truth(value: Any) -> bool:
     return value
 
 
-PATTERN = Kind(lambda value: value if isinstance(value, PatternRule) else PatternRule.parse(str(value)), str)
+# The pattern of a run that makes the model smaller and has no masks.
+NO_MASKS = "none"
+# Pruned where nothing is said.
+HALF = PatternRule.parse("0.5")
+
+
+def _pattern(value: Any) -> PatternRule | None:
+    if value is None or value == NO_MASKS:
+        return None
+    return value if isinstance(value, PatternRule) else PatternRule.parse(str(value))
+
+
+def _positive(value: Any) -> float:
+    if isinstance(value, bool) or not 0 < float(value) < math.inf:
+        raise InputError(f"expected a number above 0, found {value!r}")
+    return float(value)
+
+
+PATTERN = Kind(_pattern, lambda value: NO_MASKS if value is None else str(value))
+UNITS = Kind(
+    _perhaps(lambda value: value if isinstance(value, UnitShares) else UnitShares.parse(str(value))),
+    lambda value: None if value is None else str(value),
+)
+UNIT_SOLVER = Kind(
+    lambda value: value if isinstance(value, UnitSolver) else parse_unit_solver(str(value)), unit_solver_text
+)
 SOLVER = Kind(_solver, solver_text)
 UPDATE = Kind(_perhaps(_solver), lambda value: None if value is None else solver_text(value))
 OBJECTIVE = Kind(lambda value: value if isinstance(value, Objective) else Objective.parse(str(value)), str)
@@ -173,10 +210,11 @@ class PruneSettings(_Options):
         InputError: for a value that cannot be used, naming the option.
     """
 
-    pattern: PatternRule = option(
-        PatternRule.parse("0.5"),
-        "0.5 or 50% of each row, N:M such as 2:4, or layer:0.5 of a whole layer.",
+    pattern: PatternRule | None = option(
+        None,
+        "0.5 or 50% of each row, N:M such as 2:4, layer:0.5 of a whole layer, or none beside units.",
         PATTERN,
+        shown="0.5; none with --units",
     )
     solver: Solver = option(
         OneSwap(), "Chooses the masks: NAME or NAME:option=value,...; see `solvers`.", SOLVER
@@ -232,6 +270,28 @@ class PruneSettings(_Options):
     update: Solver | None = option(
         None, "Then change the kept weights: reconstruction, admm (NAME:option=value).", UPDATE
     )
+    units: UnitShares | None = option(
+        None,
+        "Make the model smaller: shares or numbers of whole units that go, such as channels=0.25,kv-groups=1 "
+        "(channels, heads, kv-groups). With a pattern its masks are those of the smaller model.",
+        UNITS,
+    )
+    unit_solver: UnitSolver = option(
+        DropAddSwap(),
+        "Chooses the units: drop-add-swap, structured-obs, wanda-sp, flap, unit-magnitude or any solver.",
+        UNIT_SOLVER,
+    )
+    unit_update: UnitUpdate = option(
+        UnitUpdate.LEAST_SQUARES,
+        "Of the weights that read the units that stay: least-squares or none.",
+        Kind(_choice(UnitUpdate), str),
+    )
+    unit_ridge: float = option(
+        RIDGE,
+        "Of the least squares towards the old weights, a share of the Gram matrix's mean diagonal.",
+        Kind(_positive, sample=float),
+    )
+    multiple_of: int = option(MULTIPLE, "Channels that stay are a multiple of this many.", COUNT)
     include: tuple[str, ...] = option((), "Prune only layers that match, e.g. '*mlp*'; repeatable.", NAMES)
     exclude: tuple[str, ...] = option((), "Keep layers dense that match, beside routers; repeatable.", NAMES)
     prune_routers: bool = option(
@@ -247,13 +307,54 @@ class PruneSettings(_Options):
     )
 
     def __post_init__(self) -> None:
+        stated = self.pattern is not None
         super().__post_init__()
+        if self.pattern is None and self.units is None:
+            if stated:
+                raise InputError("pattern: expected masks or units to prune, found none of both")
+            object.__setattr__(self, "pattern", HALF)
         if self.update is not None and self.update.group is not Group.WEIGHT_UPDATE:
             raise InputError(f"update: expected a solver that changes kept weights, found {self.update!r}")
         if self.refine and self.solver.group is Group.WEIGHT_UPDATE:
             raise InputError(
                 "refinement chooses among the dense weights: expected a solver of masks, found "
                 f"{self.solver!r}"
+            )
+
+    @property
+    def rule(self) -> PatternRule:
+        """The pattern of a run that has masks."""
+        if self.pattern is None:
+            raise ValueError("pattern: expected one, found none: a run of units alone has no masks")
+        return self.pattern
+
+    def check_units(self) -> None:
+        """Refuse options that say nothing in a run with these units, or without any.
+
+        Raises:
+            InputError: naming the option.
+        """
+        changed = set(self.changed())
+        if self.units is None:
+            for name in _OF_UNITS:
+                if name in changed:
+                    raise InputError(f"{name}: expected units, whose option it is, found none")
+            return
+        objective = self.objective
+        if len(objective.strengths()) > 1:
+            raise InputError("units: expected a strength of the drift that is stated, found auto")
+        if self.pattern is not None:
+            return
+        for name in _OF_MASKS:
+            if name in changed:
+                raise InputError(
+                    f"{name}: expected a pattern beside the units, such as 0.5, as it is an option of masks, "
+                    "found none"
+                )
+        if replace(objective, drift=0.0, residual=0.0) != Objective():
+            raise InputError(
+                f"objective: expected drift and residual drift alone, which units have, found {objective}; a "
+                "pattern beside the units has the rest"
             )
 
     def plain(self) -> dict[str, Any]:
@@ -298,6 +399,13 @@ class PruneSettings(_Options):
         """What has to be the same when a run is resumed: plain values, without names of texts."""
         named = [field.name for field in fields(self) if field.metadata.get("content")]
         return {name: value for name, value in self.plain().items() if name not in named}
+
+
+# Options that are of units alone, and those of masks alone.
+_OF_UNITS = ("unit_solver", "unit_update", "unit_ridge", "multiple_of")
+_OF_MASKS = (
+    "solver", "start", "allocation", "refine", "update", "prune_routers", "unreached", "min_expert_tokens",
+)  # fmt: skip
 
 
 def _toml(value: Any) -> str:

@@ -2,31 +2,34 @@
 
 In the order of a forward pass each consumer (see ``problems.units``) gets its units from sums over what the
 pruned network gives it, with drift and residual drift as masks do, and least squares for the columns that
-stay. Pruned columns are zero then, so that what produced them is idle; ``models.shrinking`` takes both out.
+stay; in one-shot mode from what the dense network gives it. Pruned columns are zero then, so that what
+produced them is idle; ``models.shrinking`` takes both out.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..calibration.activations import blocks_as_used, can_skip
 from ..calibration.gathering import Flow, gather
 from ..calibration.steps import Step
-from ..calibration.store import TensorStore
 from ..errors import InputError, InvalidModelError
-from ..models.blocks import Block
+from ..masks.packing import pack_mask, unpack_bytes, weight_bytes, weight_from
+from ..models.blocks import Block, PrunableLayer
 from ..models.inputs import Samples
 from ..models.units import UnitGroup
-from ..problems import LayerProblem, SparsityPattern
+from ..problems import GramAccumulator, LayerProblem, SparsityPattern
 from ..problems.units import RIDGE, UnitProblem
-from ..progress import Progress, Silent
 from ..ranks import Ranks
-from ..solvers.units import DropAddSwap, UnitSolution, UnitSolver, solve_units
-from .objective import SEARCH_DEFAULT, Objective
+from ..records.run import ConsumerRecord
+from ..solvers.units import DropAddSwap, UnitSolver, solve_units
+from .objective import UNIT_DEFAULT, Objective
+from .pipeline import RunContext
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,15 +38,32 @@ class ChosenUnits:
 
     Attributes:
         group: what they are.
-        solution: kept units and the consumer's weights, as they were applied.
-        output_norm: ``‖W X̂‖²``, what relative errors are relative to.
-        seconds: of sums and search.
+        kept: those that stay (units,), bool.
+        record: what was found.
     """
 
     group: UnitGroup
-    solution: UnitSolution
-    output_norm: float
-    seconds: float
+    kept: Tensor
+    record: ConsumerRecord
+
+
+@dataclass(frozen=True)
+class UnitMethod:
+    """How units are chosen.
+
+    Attributes:
+        solver: of units; swaps from structured OBS by default.
+        objective: drift and residual drift; no other part is used.
+        ridge: of the least squares towards the old weights, a share of the Gram matrix's mean diagonal.
+        update: whether kept columns are updated.
+        one_shot: whether every consumer sees what the dense network gives it.
+    """
+
+    solver: UnitSolver = field(default_factory=DropAddSwap)
+    objective: Objective = UNIT_DEFAULT
+    ridge: float = RIDGE
+    update: bool = True
+    one_shot: bool = False
 
 
 def prune_units(
@@ -52,13 +72,8 @@ def prune_units(
     groups: Sequence[UnitGroup],
     keep: Sequence[SparsityPattern],
     calibration: Samples,
-    *,
-    solver: UnitSolver | None = None,
-    objective: Objective = SEARCH_DEFAULT,
-    ridge: float = RIDGE,
-    update: bool = True,
-    progress: Progress | None = None,
-    store: TensorStore | None = None,
+    method: UnitMethod | None = None,
+    context: RunContext | None = None,
 ) -> list[ChosenUnits]:
     """Choose the units of ``groups``, one consumer after the other, and change the consumers in place.
 
@@ -68,38 +83,42 @@ def prune_units(
         groups: what belongs together, from ``find_units``.
         keep: of each group, how many units of how many neighbours stay.
         calibration: token windows (windows, length).
-        solver: of units; swaps from structured OBS by default.
-        objective: drift and residual drift, by default those of searches; no other part is used.
-        ridge: of the least squares towards the old weights, a share of the Gram matrix's mean diagonal.
-        update: whether kept columns are updated.
-        progress: told about every block.
-        store: where activations are kept; in main memory by default.
+        method: how they are chosen.
+        context: record, progress, store; a record in memory by default. Consumers that the record has are
+            taken from it.
 
     Raises:
         InputError: for parts of the objective that units do not have, or two kinds in front of one layer.
         InvalidModelError: for drift in a model whose blocks have hidden connections.
     """
-    if objective.metric or objective.held_out or objective.shrinkage or len(objective.strengths()) > 1:
+    method, context = method or UnitMethod(), context or RunContext()
+    objective = method.objective
+    if replace(objective, drift=0.0, residual=0.0) != Objective() or len(objective.strengths()) > 1:
         raise InputError(f"objective of units: expected drift and residual drift alone, found {objective}")
+    if objective.target is not None and method.one_shot:
+        raise InputError(
+            "drift needs the inputs of the pruned model: expected sequential mode, found one-shot"
+        )
     blocks = blocks_as_used(model, blocks, calibration)
-    skip = can_skip(model, blocks, calibration)
+    skip = can_skip(model, blocks, calibration) if context.skip is None else context.skip
     if objective.target is not None and not skip:
         raise InvalidModelError(
             f"{type(model).__name__}: expected blocks that depend on earlier ones only through their "
             "outputs, as drift needs, found other connections; choose units without drift"
         )
-    progress = progress or Silent()
-    flow = Flow.of(model, blocks, calibration, skip, objective.target, Ranks(), store or TensorStore())
     patterns = {group.consumer.name: pattern for group, pattern in zip(groups, keep, strict=True)}
     if len(patterns) < len(groups):
         raise InputError("units of a layer: expected one kind of them, found several")
-    run = _Run(flow, patterns, solver or DropAddSwap(), objective, ridge, update)
+    flow = Flow.of(model, blocks, calibration, skip, objective.target, Ranks(), context.store)
+    run = _Run(flow, patterns, method, context)
     chosen: list[ChosenUnits] = []
     last = max((group.block for group in groups), default=-1)
     for number, block in enumerate(blocks[: last + 1]):
-        own = [group for group in groups if group.block == number]
-        chosen += run.block(block, own)
-        progress.stage("units", number + 1, last + 1)
+        chosen += run.block(block, [group for group in groups if group.block == number])
+        context.progress.stage("units", number + 1, last + 1)
+    if method.one_shot:
+        for each in chosen:
+            run.apply(each.group.consumer)
     return chosen
 
 
@@ -109,43 +128,101 @@ class _Run:
 
     flow: Flow
     patterns: Mapping[str, SparsityPattern]
-    solver: UnitSolver
-    objective: Objective
-    ridge: float
-    update: bool
+    method: UnitMethod
+    context: RunContext
 
     def block(self, block: Block, groups: Sequence[UnitGroup]) -> list[ChosenUnits]:
         """Units of the consumers of a block, in the order of its forward pass."""
-        flow = self.flow
+        flow, method, record = self.flow, self.method, self.context.record
         dense = {layer.name: layer.weight.clone() for layer in block.layers}
         of_consumer = {group.consumer.name: group for group in groups}
         order = [layer for step in flow.steps() for layer in step.layers] if groups else []
         steps = [Step(((layer,),)) for layer in order if layer.name in of_consumer]
-        writers = flow.writers() if groups and self.objective.residual else []
+        if len(steps) < len(groups):
+            reached = {step.layers[0].name for step in steps}
+            lost = next(name for name in of_consumer if name not in reached)
+            raise InvalidModelError(f"layer {lost}: expected its inputs, found none")
+        writers = flow.writers() if groups and method.objective.residual else []
         flow.begin_block(block, steps)
-        chosen = []
         for number, step in enumerate(steps):
-            begin = time.perf_counter()
             layer = step.layers[0]
-            sums = gather(flow, block, step, dense, False, writers, steps[number:])[layer.name]
-            if not sums.tokens:
-                raise InvalidModelError(f"layer {layer.name}: expected its inputs, found none")
-            target, drift = self.objective.target, None
-            weight = layer.weight.clone()
-            if target is not None and sums.has_drift:
-                drift = target.drift_of(weight, sums, self.objective.drift, covariance=False)
-            group = of_consumer[layer.name]
-            unused = SparsityPattern(1, layer.weight.shape[1])
-            problem = UnitProblem(
-                LayerProblem(weight, sums.gram(), unused, drift, name=layer.name),
-                group.columns,
-                self.patterns[layer.name],
-                self.ridge,
-            )
-            solution = solve_units(problem, self.solver, update=self.update)
-            layer.write(solution.weight.to(weight.dtype))
+            if record.kept_units(layer.name) is None:
+                begin = time.perf_counter()
+                sums = gather(flow, block, step, dense, False, writers, steps[number:])[layer.name]
+                if not sums.tokens:
+                    raise InvalidModelError(f"layer {layer.name}: expected its inputs, found none")
+                self.choose(of_consumer[layer.name], sums, begin)
+            if not method.one_shot:
+                self.apply(layer)
             flow.settled.settle(step.layers)
-            norm = float(problem.layer.output_norms().sum())
-            chosen.append(ChosenUnits(group, solution, norm, time.perf_counter() - begin))
         flow.finish_block(block, dense, advanced=False)
-        return chosen
+        finished = {each.name: each for each in record.consumers()}
+        chosen = [of_consumer[step.layers[0].name] for step in steps]
+        return [ChosenUnits(each, self.kept(each), finished[each.consumer.name]) for each in chosen]
+
+    def choose(self, group: UnitGroup, sums: GramAccumulator, begin: float) -> None:
+        """Solve and record a consumer."""
+        layer, method, drift = group.consumer, self.method, None
+        weight = layer.weight.clone()
+        target = method.objective.target
+        if target is not None and sums.has_drift:
+            drift = target.drift_of(weight, sums, method.objective.drift, covariance=False)
+        unused = SparsityPattern(1, layer.weight.shape[1])
+        problem = UnitProblem(
+            LayerProblem(weight, sums.gram(), unused, drift, name=layer.name),
+            group.columns,
+            self.patterns[layer.name],
+            method.ridge,
+        )
+        found = solve_units(problem, method.solver, update=method.update)
+        saved = found.weight.to(self._dtype(layer))
+        mask, applied = problem.mask(found.kept), saved.to(weight.dtype)
+        norm = float(problem.layer.output_norms().sum())
+        plain = replace(problem.layer, drift=None)
+        record = ConsumerRecord(
+            name=layer.name,
+            block=group.block,
+            kind=group.kind,
+            units=group.units,
+            kept=int(found.kept.sum()),
+            width=problem.width,
+            rows=weight.shape[0],
+            cols=weight.shape[1],
+            updated=not torch.equal(applied, weight.masked_fill(~mask, 0)),
+            tokens=sums.tokens,
+            output_norm=norm,
+            error_start=_share(plain.objective(mask), norm),
+            error=_share(plain.objective(mask, applied), norm),
+            objective_start=_share(found.error_masked, norm),
+            objective=_share(problem.layer.objective(mask, applied), norm),
+            swaps=found.stats.get("swaps", 0),
+            status=str(found.status),
+            seconds=time.perf_counter() - begin,
+        )
+        packed = pack_mask(found.kept[None]).numpy().tobytes()
+        self.context.record.add_consumer(record, packed, weight_bytes(saved))
+
+    def kept(self, group: UnitGroup) -> Tensor:
+        """Units of a finished consumer that stay (units,), bool."""
+        packed, _ = self._finished(group.consumer)
+        return unpack_bytes(packed, (1, group.units))[0]
+
+    def apply(self, layer: PrunableLayer) -> None:
+        """Write the weights of a finished consumer, as they will be saved."""
+        _, stored = self._finished(layer)
+        like = torch.empty_like(layer.weight, dtype=self._dtype(layer), memory_format=torch.contiguous_format)
+        layer.write(weight_from(stored, like).to(layer.weight.dtype))
+
+    def _finished(self, layer: PrunableLayer) -> tuple[bytes, bytes]:
+        found = self.context.record.kept_units(layer.name)
+        if found is None:
+            raise InvalidModelError(f"layer {layer.name}: expected its units, found none; no pass reached it")
+        return found
+
+    def _dtype(self, layer: PrunableLayer) -> torch.dtype:
+        """In which the weight is saved."""
+        return self.context.dtypes.get(layer.name, layer.weight.dtype)
+
+
+def _share(error: float, norm: float) -> float:
+    return error / norm if norm > 0 else 0.0

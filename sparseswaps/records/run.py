@@ -67,6 +67,43 @@ class LayerRecord:
         return self.pattern == DENSE
 
 
+@dataclass(frozen=True)
+class ConsumerRecord:
+    """Units in front of one layer, their consumer, some of which went.
+
+    Attributes:
+        name: of the consumer; block: index of its block; kind: what a unit is.
+        units, kept: how many there were and stay; width: the consumer's columns of each.
+        rows, cols: shape of the consumer's weight before.
+        updated: whether the kept columns have other weights than before.
+        tokens: calibration tokens that reached the consumer.
+        output_norm: ``‖W X̂‖_F²`` on them, what errors are relative to.
+        error_start, error: relative error of the consumer with the old weights of the kept columns, and with
+            those that they have now; objective_start, objective: the same against the target that the drift
+            sets (see ``LayerRecord``).
+        swaps: of the search; status: why it stopped; seconds: of sums and search.
+    """
+
+    name: str
+    block: int
+    kind: str
+    units: int
+    kept: int
+    width: int
+    rows: int
+    cols: int
+    updated: bool
+    tokens: int
+    output_norm: float
+    error_start: float
+    error: float
+    objective_start: float
+    objective: float
+    swaps: int
+    status: str
+    seconds: float
+
+
 def known_mean(values: Sequence[float | None]) -> float | None:
     """Mean of the fields of some records that are known, None without any."""
     known = [value for value in values if value is not None]

@@ -16,11 +16,12 @@ from typing import Any
 
 from ..errors import InvalidFileError
 from .database import Database, names
-from .run import LayerRecord, RefinementStep
+from .run import ConsumerRecord, LayerRecord, RefinementStep
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 _STEP_COLUMNS = [field.name for field in fields(RefinementStep)]
 _LAYER_COLUMNS = [field.name for field in fields(LayerRecord)]
+_CONSUMER_COLUMNS = [field.name for field in fields(ConsumerRecord)]
 
 
 class RunDatabase(Database):
@@ -43,14 +44,17 @@ class RunDatabase(Database):
         if version != 0:
             _check_version(self.path, version)
         layer, step = names(_LAYER_COLUMNS), names(_STEP_COLUMNS)
+        consumer = names(_CONSUMER_COLUMNS)
         for table in (
             "run (key TEXT PRIMARY KEY, value TEXT)",
             f"layer ({layer}, mask BLOB, weight BLOB, PRIMARY KEY (name))",
+            f"consumer ({consumer}, mask BLOB, weight BLOB, PRIMARY KEY (name))",
             f"refinement ({step}, PRIMARY KEY (position, number))",
             "pass (number, name, mask BLOB, weight BLOB, PRIMARY KEY (number, name))",
         ):
             connection.execute(f"CREATE TABLE IF NOT EXISTS {table}")
         self._check_columns(connection, "layer", [*_LAYER_COLUMNS, "mask", "weight"])
+        self._check_columns(connection, "consumer", [*_CONSUMER_COLUMNS, "mask", "weight"])
         self._check_columns(connection, "refinement", _STEP_COLUMNS)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
@@ -90,6 +94,29 @@ class RunDatabase(Database):
         columns = names(_LAYER_COLUMNS)
         row = self._connection.execute(f"SELECT {columns} FROM layer WHERE name = ?", (name,)).fetchone()
         return None if row is None else self._row(LayerRecord, row)
+
+    def add_consumer(self, record: ConsumerRecord, packed_mask: bytes, weight: bytes) -> None:
+        """Store the units of a finished consumer in one transaction.
+
+        Args:
+            record: its facts.
+            packed_mask: kept units, packed bits.
+            weight: its weight (rows, cols) in the dtype in which it is saved, zero in the columns that go.
+        """
+        values = [*asdict(record).values(), packed_mask, weight]
+        with self._transaction() as connection:
+            places = ", ".join("?" * len(values))
+            connection.execute(f"INSERT OR REPLACE INTO consumer VALUES ({places})", values)
+
+    def consumers(self) -> list[ConsumerRecord]:
+        """Finished consumers in the order in which they were finished."""
+        rows = self._connection.execute(f"SELECT {names(_CONSUMER_COLUMNS)} FROM consumer ORDER BY rowid")
+        return [self._row(ConsumerRecord, row) for row in rows]
+
+    def kept_units(self, name: str) -> tuple[bytes, bytes] | None:
+        """Packed kept units and weight of a finished consumer, or None."""
+        row = self._connection.execute("SELECT mask, weight FROM consumer WHERE name = ?", (name,)).fetchone()
+        return None if row is None else (row[0], row[1])
 
     def finished_weights(self) -> int:
         """How many weights the finished layers have."""

@@ -163,8 +163,9 @@ class ModelRecord:
 
     @property
     def pattern(self) -> str:
-        """As asked for."""
-        return str(self.option("pattern"))
+        """Of the masks as asked for; behind the units, where some went, or these alone."""
+        parts = [self.option("units"), self.option("pattern")]
+        return " ".join(str(part) for part in parts if part not in (None, "none"))
 
     @property
     def mode(self) -> str:
@@ -221,8 +222,11 @@ class ModelRecord:
 
 
 # Options that a comparison of methods holds fixed, and those that tables name in columns of their own.
-HELD_FIXED = ("pattern", "calibration", "samples", "length", "evaluation", "evaluation_limit", "add_bos")
-NAMED = ("solver", "start", "seed", "mode", "objective")
+HELD_FIXED = (
+    "pattern", "units", "multiple_of", "calibration", "samples", "length", "evaluation", "evaluation_limit",
+    "add_bos",
+)  # fmt: skip
+NAMED = ("solver", "unit_solver", "start", "seed", "mode", "objective")
 _WORDS = {"refine": "refinement", "update": "then"}
 
 
@@ -265,6 +269,34 @@ class LayerBoundRecord:
 
 
 @dataclass(frozen=True)
+class SizeRecord:
+    """How large and how fast a smaller model is, beside the dense one.
+
+    Attributes:
+        unit: id of the unit.
+        parameters_dense, parameters: numbers in their weights; megabytes_dense, megabytes: what is saved of
+            them, in 10⁶ bytes.
+        prefill, decode: how many times as many tokens per second the smaller model has, of a prompt and
+            behind it; prefill_low, prefill_high, decode_low, decode_high: the ends of their 95 % intervals;
+            None where it was not measured.
+        workload: JSON of what was measured, on what device; "" for nothing.
+    """
+
+    unit: str
+    parameters_dense: int
+    parameters: int
+    megabytes_dense: float
+    megabytes: float
+    prefill: float | None = None
+    prefill_low: float | None = None
+    prefill_high: float | None = None
+    decode: float | None = None
+    decode_low: float | None = None
+    decode_high: float | None = None
+    workload: str = ""
+
+
+@dataclass(frozen=True)
 class UnitResult:
     """Everything that one unit found, written in one transaction."""
 
@@ -274,6 +306,7 @@ class UnitResult:
     trace: tuple[TraceRecord, ...] = ()
     layers: tuple[LayerRecord, ...] = ()
     bounds: tuple[LayerBoundRecord, ...] = ()
+    sizes: tuple[SizeRecord, ...] = ()
 
     @property
     def record(self) -> UnitRecord | ModelRecord:
@@ -312,6 +345,7 @@ class StudyRows:
     models: tuple[ModelRecord, ...]
     layers: tuple[ModelLayer, ...]
     bounds: tuple[LayerBoundRecord, ...] = ()
+    sizes: tuple[SizeRecord, ...] = ()
 
 
 # Columns of units and models that hold JSON, and what it is; empty in those that failed.

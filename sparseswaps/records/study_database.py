@@ -27,6 +27,7 @@ from .study import (
     ModelRecord,
     PlannedUnit,
     RowRecord,
+    SizeRecord,
     StudyRows,
     TraceRecord,
     UnitRecord,
@@ -38,7 +39,9 @@ SCHEMA_VERSION = 3
 # Seconds after the hard limit of a unit at which a claim of another machine is given up.
 CLAIM_SLACK = 120.0
 
-Record = TypeVar("Record", UnitRecord, RowRecord, TraceRecord, ModelRecord, LayerRecord, LayerBoundRecord)
+Record = TypeVar(
+    "Record", UnitRecord, RowRecord, TraceRecord, ModelRecord, LayerRecord, LayerBoundRecord, SizeRecord
+)
 
 _TABLES: dict[str, tuple[type, str]] = {
     "unit": (UnitRecord, "unit"),
@@ -46,6 +49,7 @@ _TABLES: dict[str, tuple[type, str]] = {
     "trace": (TraceRecord, "unit, seconds"),
     "model": (ModelRecord, "unit"),
     "bound": (LayerBoundRecord, "unit, layer"),
+    "size": (SizeRecord, "unit"),
 }
 
 
@@ -181,6 +185,7 @@ class StudyDatabase(Database):
             self._insert(connection, "row", result.rows)
             self._insert(connection, "trace", result.trace)
             self._insert(connection, "bound", result.bounds)
+            self._insert(connection, "size", result.sizes)
             columns = _columns(LayerRecord)
             connection.executemany(
                 f"INSERT OR REPLACE INTO layer VALUES (?, {', '.join('?' * len(columns))})",
@@ -258,6 +263,7 @@ class StudyDatabase(Database):
             self._read("model", ModelRecord),
             tuple(ModelLayer(str(row[0]), self._row(LayerRecord, row[1:])) for row in layers),
             self._read("bound", LayerBoundRecord),
+            self._read("size", SizeRecord),
         )
         return check_rows(found, self._where)
 

@@ -23,6 +23,7 @@ from .study import (
     ModelLayer,
     ModelRecord,
     RowRecord,
+    SizeRecord,
     StudyRows,
     TraceRecord,
     UnitRecord,
@@ -37,7 +38,10 @@ RECORDS: Mapping[str, type] = {
     "models": ModelRecord,
     "layers": LayerRecord,
     "bounds": LayerBoundRecord,
+    "sizes": SizeRecord,
 }
+# Tables that folders written before there was such a thing do not have.
+LATER = ("sizes",)
 STUDIES = "studies"
 # Level of zstd: slow and small, as files are written once.
 COMPRESSION = 19
@@ -127,6 +131,8 @@ def read_study_files(folder: str | os.PathLike[str]) -> StudyRows:
 def _read(arrow: ModuleType, path: Path, table: str) -> Sequence[tuple[Any, ...]]:
     """Rows of one file, checked against the columns of its table."""
     if not path.is_file():
+        if table in LATER:
+            return []
         raise InvalidFileError(f"rows of a study {path}: expected an existing file, found none")
     try:
         with arrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -16,13 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..evaluation.speed import SpeedReport, Workload, bench
 from ..machine import peak_memory_mb, versions
 from ..problems import LayerProblem
 from ..pruning.report import PruneReport
 from ..pruning.run import prune
 from ..pruning.settings import Machine, PruneSettings
 from ..records.run import LayerRecord
-from ..records.study import LayerBoundRecord, ModelRecord, RowRecord, TraceRecord, UnitRecord, UnitResult
+from ..records.study import (
+    LayerBoundRecord,
+    ModelRecord,
+    RowRecord,
+    SizeRecord,
+    TraceRecord,
+    UnitRecord,
+    UnitResult,
+)
 from ..solvers import Budget, Group, Outcome, Solution, Solver, solve
 from ..solvers.registry import parse_solver
 from .layer_bounds import BoundedLayers
@@ -30,6 +40,8 @@ from .problems import TEXTS, BuiltProblem, build_problem, require_contents, reso
 from .schema import SolverChoice
 
 Blank = TypeVar("Blank", UnitRecord, ModelRecord)
+# What solvers of units are, beside the groups of those of masks.
+UNITS_GROUP = "units"
 # Points of a trace that are kept: enough for a curve, whatever the solver records.
 TRACE_POINTS = 64
 
@@ -219,16 +231,39 @@ def _execute_model(unit: str, study: str, spec: Mapping[str, Any]) -> UnitResult
     named = {name: spec["settings"][name] for name in TEXTS}
     given = {name: resolve_text(text, folder) for name, text in named.items() if text}
     begin = time.perf_counter()
-    report = prune(
-        resolve_model(spec["model"], folder),
-        PruneSettings.from_plain({**spec["settings"], **given}),
-        machine=Machine(**{"device": "cpu", **spec["machine"]}),
-        on_layer=watch,
-    )
-    bounds = () if watch is None else tuple(watch.found)
-    seconds = time.perf_counter() - begin - sum(found.seconds for found in bounds)
+    model, machine = resolve_model(spec["model"], folder), Machine(**{"device": "cpu", **spec["machine"]})
+    with tempfile.TemporaryDirectory(prefix="sparseswaps-") as saved:
+        out = Path(saved) / "smaller" if spec.get("speed") else None
+        report = prune(
+            model,
+            PruneSettings.from_plain({**spec["settings"], **given}),
+            machine=machine,
+            on_layer=watch,
+            out=out,
+        )
+        bounds = () if watch is None else tuple(watch.found)
+        seconds = time.perf_counter() - begin - sum(found.seconds for found in bounds)
+        speed = None
+        if out is not None:
+            work = Workload(**spec["speed"])
+            speed = bench(out, model, work, device=machine.device, dtype=machine.dtype, trust=machine.trust)
     record = _model_record(unit, study, spec, choice, report, seconds)
-    return UnitResult(model=record, layers=report.layers, bounds=bounds)
+    sizes = (_size_record(unit, report, speed),) if report.smaller or speed is not None else ()
+    return UnitResult(model=record, layers=report.layers, bounds=bounds, sizes=sizes)
+
+
+def _size_record(unit: str, report: PruneReport, speed: SpeedReport | None) -> SizeRecord:
+    """Size of a model, and its speed where that was measured."""
+    found: dict[str, Any] = {}
+    if speed is not None:
+        for name, ratio in (("prefill", speed.prefill_ratio), ("decode", speed.decode_ratio)):
+            if ratio is not None:
+                found |= {name: ratio.value, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
+        facts = {"device": speed.device, "dtype": speed.dtype, "threads": speed.threads}
+        found["workload"] = json.dumps({**asdict(speed.workload), **facts}, sort_keys=True)
+    return SizeRecord(
+        unit, report.parameters_dense, report.parameters, report.megabytes_dense, report.megabytes, **found
+    )
 
 
 def _stored_settings(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,8 +282,8 @@ def _model_record(
         method=choice.method,
         start=choice.start,
         options=json.dumps(dict(choice.options), sort_keys=True),
-        solver=repr(settings.solver),
-        group=str(settings.solver.group if settings.update is None else settings.update.group),
+        solver=repr(settings.unit_solver if settings.pattern is None else settings.solver),
+        group=_group(settings),
         seed=settings.seed,
         model=spec["name"],
         settings=json.dumps(_stored_settings(settings.plain()), sort_keys=True),
@@ -269,6 +304,13 @@ def _model_record(
         peak_memory_mb=peak_memory_mb(),
         machine=_machine("cpu" if report.peak_device_memory_mb is None else report.device),
     )
+
+
+def _group(settings: PruneSettings) -> str:
+    """Kind of the method that had the last word."""
+    if settings.pattern is None:
+        return UNITS_GROUP
+    return str(settings.solver.group if settings.update is None else settings.update.group)
 
 
 def _text_name(text: str) -> str:
@@ -313,4 +355,5 @@ def from_json(text: str) -> UnitResult:
         tuple(TraceRecord(**point) for point in values["trace"]),
         tuple(LayerRecord(**layer) for layer in values["layers"]),
         tuple(LayerBoundRecord(**found) for found in values["bounds"]),
+        tuple(SizeRecord(**found) for found in values["sizes"]),
     )

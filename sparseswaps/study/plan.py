@@ -14,8 +14,9 @@ from typing import Any
 from ..errors import InputError
 from ..models.contents import file_hash
 from ..pruning.pipeline import with_stated_drifts
-from ..pruning.settings import Mode, PruneSettings
+from ..pruning.settings import NO_MASKS, Mode, PruneSettings
 from ..records.study import PlannedUnit
+from ..solvers.units.registry import unit_solvers
 from .problems import TEXTS, contents_of, layers_of, resolve_files
 from .schema import ModelSet, ProblemSet, SolverChoice, Study
 
@@ -105,6 +106,13 @@ def _chosen(study: Study, labels: Iterable[str]) -> list[SolverChoice]:
 def _layer_specs(study: Study, problems: ProblemSet) -> Iterable[dict[str, Any]]:
     solvers = _chosen(study, problems.solvers)
     patterns = problems.patterns or study.patterns
+    if NO_MASKS in patterns:
+        raise InputError(f"study {study.name}: expected patterns of its problems, found {NO_MASKS}")
+    if unit := next((each.label for each in solvers if _of_units(each)), None):
+        raise InputError(
+            f"study {study.name}: expected solvers of masks for its problems, found {unit}, which chooses "
+            "units"
+        )
     for seed, problem in itertools.product(study.seeds, _problem_specs(study, problems)):
         for pattern, seconds, choice in itertools.product(patterns, study.seconds, solvers):
             yield {
@@ -165,18 +173,19 @@ def _model_specs(study: Study, models: ModelSet) -> Iterable[dict[str, Any]]:
     known: dict[tuple[str, ...], dict[str, str | None]] = {}
     combinations = itertools.product(models.seeds or study.seeds, patterns, *models.options.values(), choices)
     for seed, pattern, *tried, choice in combinations:
-        start = {"start": choice.start} if choice.start else {}
         settings = {
             "pattern": pattern,
-            "solver": "+".join(choice.solvers),
-            **start,
             "seed": seed,
             **dict(zip(models.options, tried, strict=True)),
+            **_chosen_by(study, pattern, choice),
         }
         run = with_stated_drifts(PruneSettings.from_plain(settings))
         if run.mode is Mode.ONE_SHOT and run.objective.needs_dense_stream:
             continue
-        bound = {"bound": models.bound, "bound_seconds": models.bound_seconds} if models.bound else {}
+        bound: dict[str, Any] = {}
+        if models.bound:
+            bound = {"bound": models.bound, "bound_seconds": models.bound_seconds}
+        speed = {"speed": dict(models.speed)} if models.speed else {}
         texts = tuple(settings.get(name) or "" for name in TEXTS)
         if texts not in known:
             known[texts] = contents_of(models.model, texts, study.folder)
@@ -189,7 +198,31 @@ def _model_specs(study: Study, models: ModelSet) -> Iterable[dict[str, Any]]:
             "machine": dict(models.machine),
             "solver": _solver_spec(choice),
             **bound,
+            **speed,
         }
+
+
+def _of_units(choice: SolverChoice) -> bool:
+    """Whether a solver chooses units and no masks."""
+    return any(text.partition(":")[0] in unit_solvers() for text in choice.solvers)
+
+
+def _chosen_by(study: Study, pattern: str, choice: SolverChoice) -> dict[str, str]:
+    """Options of a run that say who chooses: masks, or units where there are no masks."""
+    text = "+".join(choice.solvers)
+    if pattern == NO_MASKS:
+        if choice.start:
+            raise InputError(
+                f"study {study.name}, solver {choice.label}: expected no start where it chooses units, found "
+                f"{choice.start}"
+            )
+        return {"unit_solver": text}
+    if _of_units(choice):
+        raise InputError(
+            f"study {study.name}, solver {choice.label}: expected the pattern {NO_MASKS} where it chooses "
+            f"units, found {pattern}"
+        )
+    return {"solver": text, **({"start": choice.start} if choice.start else {})}
 
 
 def estimate_cost(

@@ -36,6 +36,14 @@
       { refine = 1 },
     ]
 
+    [[model]]                        # smaller models: units go, by the solvers of the study
+    model = "demo"
+    patterns = ["none"]
+    units = ["channels=0.3", "channels=0.5"]
+    unit_update = ["least-squares", "none"]
+    speed = { prompt = 256, new = 16, rounds = 5 }   # of the saved model beside the dense one
+    calibration = "text.txt"
+
 A variant comes before its entry, the entry before ``[models.NAME]``, and this before ``[defaults]``. Every
 key that does not exist, is missing or has another type is an error that names it.
 """
@@ -53,12 +61,14 @@ from typing import Any
 
 from ..errors import InputError, SparseswapsError
 from ..evaluation.beginning import AddBos
+from ..evaluation.speed import Workload
 from ..problems.pattern import PatternRule
 from ..problems.synthetic import FAMILIES
-from ..pruning.settings import Machine, PruneSettings
+from ..pruning.settings import NO_MASKS, Machine, PruneSettings
 from ..solvers import Chain, Solver
 from ..solvers.bounding import AUTO, tier_of
 from ..solvers.registry import parse_solver
+from ..solvers.units.registry import parse_unit_solver, unit_solvers
 from .checked_table import REQUIRED, CheckedTable
 
 
@@ -130,6 +140,7 @@ class ModelSet:
             objective it is the paper's error, that comparisons start from.
         machine: options of ``Machine``; the CPU where nothing is said, and never part of a unit's id.
         patterns, solvers, seeds: in place of the study's own; empty for all.
+        speed: of the saved model beside the dense one: fields of ``Workload`` by name; empty for none.
         bound: tier of the lower bound of every layer (see ``solvers.bound``), "" for none;
             bound_seconds: its time for each layer, 0 for no limit.
     """
@@ -143,6 +154,7 @@ class ModelSet:
     seeds: tuple[int, ...]
     bound: str
     bound_seconds: float
+    speed: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -266,7 +278,10 @@ def _solver_choices(table: CheckedTable) -> list[SolverChoice]:
         for key, each in (("solver", choice.solvers), ("start", (start,) if start else ())):
             try:
                 for one in each:
-                    parse_solver(one)
+                    if key == "start" or one.partition(":")[0] not in unit_solvers():
+                        parse_solver(one)
+                    else:
+                        parse_unit_solver(one)
             except (SparseswapsError, ValueError, TypeError) as error:
                 table.wrong(key, "a solver", str(error))
         choices.append(choice)
@@ -396,6 +411,7 @@ def _model_set(table: CheckedTable, labels: Sequence[str]) -> ModelSet:
         seeds=seeds,
         bound=table.text("bound", ""),
         bound_seconds=table.number("bound_seconds", 0.0),
+        speed=_speed(table),
     )
     if found.bound not in ("", AUTO):
         try:
@@ -408,6 +424,24 @@ def _model_set(table: CheckedTable, labels: Sequence[str]) -> ModelSet:
         if name in table.values:
             table.wrong(name, f"{name}s of the study, or of [[solver]]", repr(table.values[name]))
     table.finish()
+    return found
+
+
+def _speed(table: CheckedTable) -> dict[str, int]:
+    """What is measured of saved models; nothing unless a study asks for it."""
+    if "speed" not in table.values:
+        return {}
+    given = table.table("speed")
+    standard = Workload()
+    found = {
+        field.name: given.integer(field.name, getattr(standard, field.name), least=0)
+        for field in fields(Workload)
+    }
+    given.finish()
+    try:
+        Workload(**found)
+    except InputError as error:
+        table.refuse("speed", error)
     return found
 
 
@@ -454,6 +488,8 @@ def _choices(table: CheckedTable, labels: Sequence[str]) -> tuple[tuple[str, ...
 
 def _check_patterns(table: CheckedTable, key: str, patterns: Sequence[str]) -> None:
     for pattern in patterns:
+        if pattern == NO_MASKS:
+            continue
         try:
             PatternRule.parse(pattern)
         except InputError as error:

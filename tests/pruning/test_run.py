@@ -342,7 +342,7 @@ def test_a_record_that_is_no_record(dense: Path, arguments: dict, tmp_path: Path
     with sqlite3.connect(out / RECORD_FILE) as connection:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(ss.InvalidFileError, match="expected schema version 4, found 99; a run that another"):
+    with pytest.raises(ss.InvalidFileError, match="expected schema version 5, found 99; a run that another"):
         prune(dense, **arguments, out=out, resume=True)
 
 

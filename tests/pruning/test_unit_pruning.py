@@ -17,7 +17,8 @@ from sparseswaps.evaluation.measures import perplexity
 from sparseswaps.models.blocks import find_blocks
 from sparseswaps.models.loading import load_model
 from sparseswaps.models.units import UnitKind
-from sparseswaps.pruning.unit_pruning import ChosenUnits, prune_units
+from sparseswaps.pruning.objective import UNIT_DEFAULT
+from sparseswaps.pruning.unit_pruning import ChosenUnits, UnitMethod, prune_units
 from sparseswaps.pruning.unit_shares import UnitShares
 from sparseswaps.solvers.units import DropAddSwap, UnitMasks, UnitSolver, WandaSp
 
@@ -31,6 +32,7 @@ def pruned(
     solver: UnitSolver,
     objective: ss.Objective,
     update: bool = True,
+    one_shot: bool = False,
 ) -> tuple[float, list[ChosenUnits]]:
     """Perplexity of a model without some units, and what was chosen."""
     loaded = load_model(folder, torch.device("cpu"), "float32")
@@ -42,11 +44,10 @@ def pruned(
     blocks = find_blocks(loaded.model)
     groups = find_units(loaded.model, blocks, windows, list(shares.pruned)).groups
     keep = [shares.pattern(group, multiple=1) for group in groups]
-    chosen = prune_units(
-        loaded.model, blocks, groups, keep, windows, solver=solver, objective=objective, update=update
-    )
+    method = UnitMethod(solver, objective, update=update, one_shot=one_shot)
+    chosen = prune_units(loaded.model, blocks, groups, keep, windows, method)
     for each, pattern in zip(chosen, keep, strict=True):
-        kept = each.solution.kept
+        kept = each.kept
         assert pattern.allows(kept[None])
         gone = each.group.columns[~kept].flatten()
         weight = each.group.consumer.weight
@@ -70,21 +71,24 @@ def test_what_pays_on_a_real_model(stories: tuple[Path, tuple[Path, Path]]) -> N
     score, _ = pruned(*stories, half, WandaSp(), PLAIN, update=False)
     updated, _ = pruned(*stories, half, WandaSp(), PLAIN)
     swapped, chosen = pruned(*stories, half, DropAddSwap(), PLAIN)
-    drifted, _ = pruned(*stories, half, DropAddSwap(), ss.Objective(drift=0.75, residual=0.5))
+    drifted, _ = pruned(*stories, half, DropAddSwap(), UNIT_DEFAULT)
+    dense_seen, _ = pruned(*stories, half, DropAddSwap(), PLAIN, one_shot=True)
     assert drifted < swapped < updated < score
+    assert swapped < dense_seen < score
     for each in chosen:
-        assert each.solution.error <= each.solution.error_masked
-        assert 0 < each.solution.error < each.output_norm
+        assert 0 < each.record.objective <= each.record.objective_start
+        assert each.record.objective == pytest.approx(each.record.error, rel=1e-6)  # no drift, no difference
+        assert each.record.error < 1
 
 
 def test_heads_of_a_real_model(stories: tuple[Path, tuple[Path, Path]]) -> None:
     """One of two query heads that share keys and values: the exact choice beats the score."""
     exact, best = pruned(*stories, "heads=1", UnitMasks(ss.BranchAndBound()), PLAIN, update=False)
     _, scored = pruned(*stories, "heads=1", WandaSp(), PLAIN, update=False)
-    assert all(int(each.solution.kept.sum()) == each.group.units // 2 for each in best)
+    assert all(int(each.kept.sum()) == each.group.units // 2 for each in best)
     assert exact < 12  # of a dense 4.8: nothing is broken
     # the first consumer has the same inputs in both runs
-    assert best[0].solution.error <= scored[0].solution.error * (1 + 1e-9)
+    assert best[0].record.error <= scored[0].record.error * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "phi", "bert"])
@@ -140,7 +144,10 @@ def test_objectives_that_units_do_not_have(tmp_path: Path) -> None:
     blocks = find_blocks(loaded.model)
     objective = replace(PLAIN, metric=True)
     with pytest.raises(InputError, match="expected drift and residual drift alone, found metric"):
-        prune_units(loaded.model, blocks, (), (), windows, objective=objective)
+        prune_units(loaded.model, blocks, (), (), windows, UnitMethod(objective=objective))
+    drift = UnitMethod(objective=replace(PLAIN, drift=0.5), one_shot=True)
+    with pytest.raises(InputError, match="expected sequential mode, found one-shot"):
+        prune_units(loaded.model, blocks, (), (), windows, drift)
     both = find_units(loaded.model, blocks, windows, ["heads", "kv-groups"]).groups
     keep = [ss.SparsityPattern(1, group.exchangeable) for group in both]
     with pytest.raises(InputError, match="expected one kind of them, found several"):

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sparseswaps as ss
-from sparseswaps.errors import InvalidOutcomeError, InvalidPatternError, InvalidProblemError
+from sparseswaps.errors import InputError, InvalidOutcomeError, InvalidPatternError, InvalidProblemError
 from sparseswaps.problems.units import UnitProblem
 from sparseswaps.solvers.units import (
+    OSSCAR,
     DropAddSwap,
     FlapScore,
     StructuredOBS,
@@ -145,6 +146,8 @@ SOLVERS: list[UnitSolver] = [
     UnitMasks(),
     UnitMasks(ss.BranchAndBound()),
     StructuredOBS(),
+    OSSCAR(),
+    OSSCAR(drops=2, swaps=1),
     DropAddSwap(),
 ]
 
@@ -182,6 +185,64 @@ def test_swaps_end_below_where_they_begin() -> None:
         assert problem.updated_error(swapped.kept) <= problem.updated_error(start.kept) + 1e-9 * problem.total
         better += swapped.stats["swaps"] > 0
     assert better >= 6
+
+
+def published_osscar(problem: UnitProblem, drops: int, swaps: int, iterations: int) -> list[int]:
+    """The steps as the paper has them, every cost and gain by solving two systems anew (one block)."""
+
+    def error(kept: set[int]) -> float:
+        columns = problem.columns[sorted(kept)].flatten()
+        target = problem.weight @ problem.ridged + problem.linear
+        weight = torch.linalg.solve(problem.ridged[columns][:, columns], target[:, columns].T).T
+        return -float((problem.weighed(target)[:, columns] * weight).sum())
+
+    kept = set(range(problem.units))
+    total = problem.pattern.block - problem.pattern.keep
+    rounds = max(1, total // drops)
+    for number in range(rounds):
+        size = total // rounds + (number < total % rounds)
+        costs = {unit: error(kept - {unit}) - error(kept) for unit in kept}
+        kept -= set(sorted(costs, key=lambda unit: costs[unit])[:size])
+    best = error(kept)
+    for _ in range(iterations):
+        count = min(swaps, len(kept) - 1, problem.units - len(kept))
+        costs = {unit: error(kept - {unit}) for unit in kept}
+        other = kept - set(sorted(costs, key=lambda unit: costs[unit])[:count])
+        gains = {unit: error(other | {unit}) for unit in set(range(problem.units)) - other}
+        other |= set(sorted(gains, key=lambda unit: gains[unit])[:count])
+        if not error(other) < best:
+            break
+        kept, best = other, error(other)
+    return sorted(kept)
+
+
+@pytest.mark.parametrize("options", [(1, 1, 30), (2, 2, 30), (3, 1, 1), (10, 3, 0)])
+def test_osscar_takes_its_published_steps(options: tuple[int, int, int]) -> None:
+    accepted = 0
+    for seed, case in itertools.product(range(4), CASES):
+        problem, _, _ = made(*case, seed=seed)
+        found = solve_units(problem, OSSCAR(*options))
+        assert found.kept.nonzero()[:, 0].tolist() == published_osscar(problem, *options), (seed, case)
+        accepted += found.stats["swaps"]
+    assert (accepted > 0) == (options[2] > 0)
+
+
+def test_osscar_between_greedy_and_the_swap_optimum() -> None:
+    """Removal one by one is structured OBS; its local search ends where single swaps may still help."""
+    for seed in range(6):
+        problem, _, _ = made(2, True, seed=seed)
+        greedy = problem.updated_error(solve_units(problem, StructuredOBS()).kept)
+        plain = solve_units(problem, OSSCAR(drops=1, iterations=0))
+        assert problem.updated_error(plain.kept) == pytest.approx(greedy, rel=1e-12)
+        searched = solve_units(problem, OSSCAR(drops=1, swaps=1))
+        assert problem.updated_error(searched.kept) <= greedy * (1 + 1e-12)
+        swapped = solve_units(problem, DropAddSwap(), searched)
+        assert problem.updated_error(swapped.kept) <= problem.updated_error(searched.kept) * (1 + 1e-9)
+    limited = solve_units(problem, OSSCAR(), budget=ss.Budget(seconds=0))
+    assert limited.status == ss.Status.TIME_LIMIT
+    for options in ({"drops": 0}, {"swaps": 0}, {"iterations": -1}):
+        with pytest.raises(InputError, match="of OSSCAR: expected at least"):
+            OSSCAR(**options)
 
 
 def test_dead_and_doubled_channels() -> None:

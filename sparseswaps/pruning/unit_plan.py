@@ -1,0 +1,174 @@
+"""Which units of a model a run prunes: found, and known to be saved, before any work."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..calibration.unit_groups import find_units
+from ..errors import InputError, InvalidModelError
+from ..models.blocks import find_blocks
+from ..models.inputs import Samples
+from ..models.loading import LoadedModel
+from ..models.shrinking import check_shrinkable
+from ..models.units import UnitGroup
+from ..problems import SparsityPattern
+from ..problems.pattern import PatternRule
+from .objective import UNIT_DEFAULT, Objective
+from .settings import Mode, PruneSettings, UnitUpdate
+from .unit_pruning import UnitMethod
+from .unit_shares import UnitShares
+
+
+@dataclass(frozen=True, eq=False)
+class UnitPlan:
+    """Units that a run prunes.
+
+    Attributes:
+        groups: from ``find_units``, those of layers that are excluded left out.
+        keep: of each group, how many units of how many neighbours stay.
+        method: how they are chosen.
+        left: consumers and blocks whose units stay, and why.
+        parameters_before, parameters: of the dense model and of the smaller one.
+        apart: parts of the run's objective that units do not have, as text; empty without.
+    """
+
+    groups: tuple[UnitGroup, ...]
+    keep: tuple[SparsityPattern, ...]
+    method: UnitMethod
+    left: Mapping[str, str]
+    parameters_before: int
+    parameters: int
+    apart: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"units: {each}" for each in self.widths()]
+        share = 1 - self.parameters / self.parameters_before
+        lines.append(
+            f"smaller model: {_millions(self.parameters)} parameters of {_millions(self.parameters_before)} "
+            f"({share:.1%} fewer)"
+        )
+        if self.left:
+            shown = [f"{name} ({reason})" for name, reason in list(self.left.items())[:2]]
+            more = f" and {len(self.left) - 2} more, which the record names" if len(self.left) > 2 else ""
+            lines.append(f"without units that go: {'; '.join(shown)}{more}")
+        if self.apart:
+            lines.append(f"units are chosen without {self.apart}, which masks alone have")
+        return "\n".join(lines)
+
+    def widths(self) -> list[str]:
+        """What stays of each kind, in words."""
+        counts: dict[tuple[str, int, int], int] = {}
+        for group, pattern in zip(self.groups, self.keep, strict=True):
+            key = (group.kind, group.units, kept_units(group, pattern))
+            counts[key] = counts.get(key, 0) + 1
+        return [
+            f"{kept} of {units} {kind} stay in {blocks} block{'s' if blocks > 1 else ''}"
+            for (kind, units, kept), blocks in counts.items()
+        ]
+
+
+def kept_units(group: UnitGroup, pattern: SparsityPattern) -> int:
+    """How many units of ``group`` stay in all."""
+    return group.units // pattern.block * pattern.keep
+
+
+def plan_units(loaded: LoadedModel, settings: PruneSettings, windows: Samples, skip: bool) -> UnitPlan | None:
+    """The units that ``settings`` ask for, None if they ask for none.
+
+    Args:
+        loaded: the model, with weights in memory.
+        settings: as they were asked for; an objective that is not stated is the units' own.
+        windows: calibration windows.
+        skip: whether blocks depend on earlier ones only through their outputs.
+
+    Raises:
+        InputError: if there are none, or not so many can go.
+        InvalidModelError: if no configuration of the family holds the smaller model.
+    """
+    shares = settings.units
+    if shares is None:
+        return None
+    blocks = find_blocks(loaded.model)
+    found = find_units(loaded.model, blocks, windows, list(shares.pruned))
+    chosen = {
+        layer.name
+        for block in find_blocks(loaded.model, settings.include, settings.exclude)
+        for layer in block.layers
+    }
+    left = {f"{blocks[index].name} {kind}": reason for (index, kind), reason in found.missing.items()}
+    groups = []
+    for group in found.groups:
+        if group.consumer.name in chosen:
+            groups.append(group)
+        else:
+            left[f"{group.consumer.name} {group.kind}"] = "excluded"
+    _require_each_kind(loaded, shares, groups, left)
+    keep = [shares.pattern(group, settings.multiple_of) for group in groups]
+    kept = [kept_units(group, pattern) for group, pattern in zip(groups, keep, strict=True)]
+    for group, count in zip(groups, kept, strict=True):
+        if settings.pattern is not None:
+            _check_pattern(settings.pattern, group, count * group.columns.shape[1])
+    try:
+        parameters = check_shrinkable(loaded, groups, kept)
+    except InvalidModelError as error:
+        if not left:
+            raise
+        where, reason = next(iter(left.items()))
+        raise InvalidModelError(f"{error}; units of {where} stay: {reason}") from error
+    rest = replace(settings.objective, drift=0.0, residual=0.0)
+    return UnitPlan(
+        tuple(groups),
+        tuple(keep),
+        UnitMethod(
+            settings.unit_solver,
+            _objective(loaded, settings, skip),
+            settings.unit_ridge,
+            settings.unit_update is not UnitUpdate.NONE,
+            settings.mode is Mode.ONE_SHOT,
+        ),
+        left,
+        sum(parameter.numel() for parameter in loaded.model.parameters()),
+        parameters,
+        "" if rest == Objective() else str(rest),
+    )
+
+
+def _objective(loaded: LoadedModel, settings: PruneSettings, skip: bool) -> Objective:
+    """Drift and residual drift of units; without those that nobody asked for where they do not work."""
+    asked = settings.objective
+    by_default = settings.mode is Mode.SEQUENTIAL and settings.unit_update is not UnitUpdate.NONE
+    stated = asked.resolved(by_default, UNIT_DEFAULT)
+    if stated.needs_dense_stream and not skip and asked.is_default:
+        stated = asked.resolved(search=False)
+        warnings.warn(
+            f"{type(loaded.model).__name__}: drift and residual drift, the default, need blocks that depend "
+            "on earlier ones only through their outputs; units are chosen without them",
+            stacklevel=5,
+        )
+    return Objective(drift=stated.drift, residual=stated.residual)
+
+
+def _require_each_kind(
+    loaded: LoadedModel, shares: UnitShares, groups: Sequence[UnitGroup], left: Mapping[str, str]
+) -> None:
+    for kind in shares.pruned:
+        if not any(group.kind == kind for group in groups):
+            reason = next((text for name, text in left.items() if name.endswith(f" {kind}")), "no block")
+            raise InputError(
+                f"units {kind} of {type(loaded.model).__name__}: expected some in its blocks, found none: "
+                f"{reason}"
+            )
+
+
+def _check_pattern(rule: PatternRule, group: UnitGroup, cols: int) -> None:
+    """Refuse a pattern that does not fit what is left of a consumer."""
+    try:
+        rule.at(cols)
+    except InputError as error:
+        raise type(error)(f"layer {group.consumer.name} of the smaller model: {error}") from error
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 10**6 else f"{count:,}"
