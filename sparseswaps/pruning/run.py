@@ -68,7 +68,8 @@ def prune(
     """Prune a model and measure what that did.
 
     ``prune(model, PruneSettings("2:4", calibration="text.txt"))`` and
-    ``prune(model, "2:4", calibration="text.txt")`` are the same.
+    ``prune(model, "2:4", calibration="text.txt")`` are the same. With ``units`` the model in ``out`` is a
+    smaller one; a loaded model that was given keeps its shapes and has zeros where units went.
 
     Args:
         model: directory, hub name, or a loaded model, which is then pruned in place.
