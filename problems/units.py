@@ -21,7 +21,7 @@ the kept columns K is no quadratic of x. With ``A = G + λ I`` and ``C = W A + H
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -134,16 +134,10 @@ class UnitProblem:
         Raises:
             InvalidProblemError: if the layer cannot be centred.
         """
-        gram, drift = self.layer.gram, self.layer.drift
-        matrix = gram.matrix
         if centred:
-            if gram.mean is None or drift is not None:
-                raise InvalidProblemError(
-                    "centred inputs: expected a layer without drift and with means of its inputs, found "
-                    f"{'no means' if gram.mean is None else 'drift'}"
-                )
-            matrix = matrix - gram.tokens * torch.outer(gram.mean, gram.mean)
-        matrix = matrix * (self.weight.T @ self.weighed(self.weight))
+            return self.centred().as_row()
+        gram, drift = self.layer.gram, self.layer.drift
+        matrix = gram.matrix * (self.weight.T @ self.weighed(self.weight))
         order = self.columns.flatten()
         shape = (self.units, self.width, self.units, self.width)
         quadratic = matrix[order][:, order].view(shape).sum((1, 3))
@@ -155,6 +149,35 @@ class UnitProblem:
             row = Drift(linear.sum(1).masked_fill(~live, 0)[None], linear.new_tensor([self.constant]))
         ones = torch.ones((1, self.units), dtype=torch.float64, device=quadratic.device)
         return LayerProblem(ones, Gram(quadratic, gram.tokens), self.pattern, row, name=self.layer.name)
+
+    def centred(self) -> UnitProblem:
+        """The same units of centred inputs ``X̂ - μ``: every error is that with the best bias.
+
+        Raises:
+            InvalidProblemError: if the layer cannot be centred.
+        """
+        gram, drift = self.layer.gram, self.layer.drift
+        if gram.mean is None or drift is not None:
+            raise InvalidProblemError(
+                "centred inputs: expected a layer without drift and with means of its inputs, found "
+                f"{'no means' if gram.mean is None else 'drift'}"
+            )
+        matrix = gram.matrix - gram.tokens * torch.outer(gram.mean, gram.mean)
+        # what a dead or a constant channel leaves is rounding
+        matrix.diagonal().clamp_(min=0)
+        around = Gram(matrix, gram.tokens, torch.zeros_like(gram.mean))
+        return replace(self, layer=replace(self.layer, gram=around))
+
+    def bias(self, weight: Tensor) -> Tensor:
+        """What the best bias adds to the consumer's (rows,): ``(W - Ŵ) μ`` of a weight ``Ŵ`` (rows, cols).
+
+        Raises:
+            InvalidProblemError: without means of the inputs.
+        """
+        mean = self.layer.gram.mean
+        if mean is None:
+            raise InvalidProblemError("bias of a layer: expected means of its inputs, found none")
+        return (self.weight - weight) @ mean
 
     def mask(self, kept: Tensor) -> Tensor:
         """The consumer's mask (rows, cols) with the columns of ``kept`` (units,), bool."""

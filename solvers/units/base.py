@@ -52,6 +52,8 @@ class UnitSolution:
         stats: counters.
         seconds: of the solver's own run.
         bound: proven: no choice has a smaller ``error_masked``; None where nothing was proven.
+        bias: what is added to that of the consumer (rows,), float64; the errors are those with it. None
+            without.
     """
 
     solver: str
@@ -63,6 +65,7 @@ class UnitSolution:
     stats: Mapping[str, int]
     seconds: float
     bound: float | None = None
+    bias: Tensor | None = None
 
     @property
     def gap(self) -> float | None:
@@ -88,6 +91,7 @@ def solve_units(
     init: Tensor | UnitSolution | None = None,
     budget: Budget | None = None,
     update: bool = True,
+    bias: bool = False,
 ) -> UnitSolution:
     """Run ``solver``, check what it says, and update the kept columns by least squares.
 
@@ -97,9 +101,10 @@ def solve_units(
         init: warm start (units,), bool, with the pattern, or an earlier solution.
         budget: limits; none by default.
         update: whether the weights of kept columns are updated; never to a larger error than the old ones.
+        bias: whether a bias absorbs the means of what is missing, in what the solver sees too (FLAP).
 
     Raises:
-        InvalidProblemError: if ``init`` does not fit.
+        InvalidProblemError: if ``init`` does not fit, or a layer with a bias cannot be centred.
         InvalidOutcomeError: if what the solver keeps does not have the pattern.
     """
     given = init.kept if isinstance(init, UnitSolution) else init
@@ -108,6 +113,9 @@ def solve_units(
             f"the warm start has the pattern {problem.pattern} of {problem.units} units: expected such a "
             f"mask, found {tuple(given.shape)} {given.dtype} with {int(given.sum())} kept"
         )
+    original = problem
+    if bias:
+        problem = problem.centred()
     begin = time.perf_counter()
     with full_precision():
         outcome = solver.run(problem, given, budget or Budget())
@@ -131,7 +139,16 @@ def solve_units(
             f"{outcome.bound:.9g}"
         )
     return UnitSolution(
-        repr(solver), kept, weight, error, masked, outcome.status, dict(outcome.stats), seconds, outcome.bound
+        repr(solver),
+        kept,
+        weight,
+        error,
+        masked,
+        outcome.status,
+        dict(outcome.stats),
+        seconds,
+        outcome.bound,
+        original.bias(weight) if bias else None,
     )
 
 

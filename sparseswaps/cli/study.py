@@ -124,13 +124,18 @@ def report(
 
 def merge(
     target: Annotated[Path, typer.Argument(help="Record that takes the units; made if it is not there.")],
-    sources: Annotated[list[Path], typer.Argument(help="Records whose finished units are taken.")],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(help="Records, or folders of Parquet files, whose finished units are taken."),
+    ],
 ) -> None:
     """Take the finished units of other records, for instance of other machines.
 
     [bold]Example[/]
 
     sparseswaps merge all.sqlite monday.sqlite tuesday.sqlite
+
+    sparseswaps merge more.sqlite reports/published/smollm2/rows    # to go on with a published study
     """
     console.print(f"{merge_records(target, sources)} new units in {target}")
 

@@ -88,7 +88,7 @@ def shrunk_model(loaded: LoadedModel, groups: Sequence[Units], kept: Sequence[Te
     small: Any = _skeleton(loaded.model, groups, kept)
     stay = entries_that_stay(groups, kept)
     made: dict[int, Tensor] = {}  # a tied parameter is one parameter
-    for name, tensor in _tensors(loaded.model).items():
+    for name, tensor in all_tensors(loaded.model).items():
         if id(tensor) not in made:
             made[id(tensor)] = _left(loaded, name, tensor, stay)
         place, _, attribute = name.rpartition(".")
@@ -127,7 +127,7 @@ def fill_mixture(skeleton: nn.Module, large: nn.Module, group: ExpertGroup, kept
     What belongs to no expert is shared with the mixture ``large``.
     """
     axes = {name.removeprefix(f"{group.name}."): axis for name, axis in group.tensors}
-    for name, tensor in _tensors(large).items():
+    for name, tensor in all_tensors(large).items():
         values = tensor.detach()
         if name in axes:
             values = values.index_select(axes[name], kept.nonzero().flatten().to(values.device))
@@ -189,7 +189,7 @@ def _left(loaded: LoadedModel, name: str, tensor: Tensor, stay: Mapping[tuple[st
     return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def all_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers under all of their names, those that are not saved too."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
@@ -277,7 +277,7 @@ def _skeleton(model: PreTrainedModel, groups: Sequence[Units], kept: Sequence[Te
             int(stay[name, axis].sum()) if (name, axis) in stay else size
             for axis, size in enumerate(tensor.shape)
         )
-        for name, tensor in _tensors(model).items()
+        for name, tensor in all_tensors(model).items()
     }
     heads = [group for group in groups if isinstance(group, UnitGroup) and group.kind != "channels"]
     head_dims = {group.head_dim for group in heads}
@@ -317,7 +317,7 @@ _Setting = tuple[tuple[str, ...], _Change]
 
 
 @dataclass(frozen=True, eq=False)
-class _Trial:
+class Trial:
     """What became of a configuration.
 
     Attributes:
@@ -372,7 +372,7 @@ def _tried(
     shapes: Mapping[str, tuple[int, ...]],
     settings: Sequence[_Setting],
     head_dim: int | None,
-) -> _Trial:
+) -> Trial:
     """Build the model of a configuration with other ``settings`` and compare it."""
     values = model.config.to_dict()
     for place, change in settings:
@@ -382,28 +382,48 @@ def _tried(
         inner[place[-1]] = change.new
         if change.heads and inner.get("head_dim") is None:  # it would follow from the number of heads
             inner["head_dim"] = head_dim
+    return compared(model, values, shapes, constants_of(model))
+
+
+def built(model: PreTrainedModel, values: Mapping[str, Any]) -> PreTrainedModel:
+    """A model of the same class, without weights, of the configuration ``values``.
+
+    Raises:
+        Exception: whatever transformers says of such a configuration.
+    """
     kind: Any = type(model)
     config: Any = type(model.config)
+    with torch.device("meta"), silent_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found: PreTrainedModel = kind._from_config(
+            config.from_dict(dict(values)), attn_implementation=model.config._attn_implementation
+        )
+    return found
+
+
+def compared(
+    model: PreTrainedModel,
+    values: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    constants: Mapping[str, float],
+) -> Trial:
+    """Build the model of a configuration with other ``values``, and see whether it has what it is to have."""
     try:
-        with torch.device("meta"), silent_transformers(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            small: PreTrainedModel = kind._from_config(
-                config.from_dict(values), attn_implementation=model.config._attn_implementation
-            )
+        small = built(model, values)
     except Exception as error:  # whatever transformers says of such a configuration
         message = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-        return _Trial(f"transformers says: {message}")
-    found = {name: tuple(tensor.shape) for name, tensor in _tensors(small).items()}
+        return Trial(f"transformers says: {message}")
+    found = {name: tuple(tensor.shape) for name, tensor in all_tensors(small).items()}
     different = [name for name in {**shapes, **found} if found.get(name) != shapes.get(name)]
     distance = sum(abs(math.prod(found.get(x, (0,))) - math.prod(shapes.get(x, (0,)))) for x in different)
     for name in different:
         flaw = f"{name} is {found.get(name, 'missing')} instead of {shapes.get(name, 'missing')}"
-        return _Trial(flaw, distance, small)
-    others = _constants(small)
-    for name, value in _constants(model).items():
+        return Trial(flaw, distance, small)
+    others = constants_of(small)
+    for name, value in constants.items():
         if others.get(name) != value:
-            return _Trial(f"{name} is {others.get(name)} instead of {value}", distance, small)
-    return _Trial(None, distance, small)
+            return Trial(f"{name} is {others.get(name)} instead of {value}", distance, small)
+    return Trial(None, distance, small)
 
 
 def _settings(values: Mapping[Any, Any], changes: Sequence[_Change], unset: bool) -> list[_Setting]:
@@ -425,7 +445,7 @@ def _settings(values: Mapping[Any, Any], changes: Sequence[_Change], unset: bool
     return sorted(found, key=lambda setting: setting[1].word not in setting[0][-1])
 
 
-def _constants(model: nn.Module) -> dict[str, float]:
+def constants_of(model: nn.Module) -> dict[str, float]:
     """Fractions that modules hold, such as the scale of attention, by name."""
     return {
         f"{name}.{attribute}": value

@@ -11,7 +11,7 @@ import os
 import socket
 import sqlite3
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import fields
@@ -308,6 +308,45 @@ class StudyDatabase(Database):
             with self._lock:
                 self._connection.execute("DETACH other")
         return int(count)
+
+    def take(self, rows: StudyRows) -> int:
+        """Take over the units of ``rows`` that are done and not done here; returns how many.
+
+        Rows do not say how their units were planned, so those that failed are left for the study to plan.
+        """
+        done = {row[0] for row in self._connection.execute("SELECT unit FROM plan WHERE state = 'done'")}
+        everything: list[UnitRecord | ModelRecord] = [*rows.units, *rows.models]
+        fresh = {
+            record.unit: record for record in everything if not record.failure and record.unit not in done
+        }
+        of: dict[str, dict[str, list[Any]]] = {unit: defaultdict(list) for unit in fresh}
+        for table in ("rows", "traces", "layers", "bounds", "sizes"):
+            for row in getattr(rows, table):
+                if row.unit in of:
+                    of[row.unit][table].append(row.record if isinstance(row, ModelLayer) else row)
+        with self._transaction() as connection:
+            connection.executemany(
+                "INSERT OR IGNORE INTO study VALUES (?, ?)",
+                [(str(facts["name"]), json.dumps(facts, sort_keys=True)) for facts in rows.studies],
+            )
+            connection.executemany(
+                "INSERT OR IGNORE INTO plan (unit, study, label, spec, lim) VALUES (?, ?, ?, '{}', 0)",
+                [(record.unit, record.study, record.label) for record in fresh.values()],
+            )
+        for unit, record in fresh.items():
+            parts = {table: tuple(found) for table, found in of[unit].items()}
+            self.finish(
+                UnitResult(
+                    layer=record if isinstance(record, UnitRecord) else None,
+                    model=record if isinstance(record, ModelRecord) else None,
+                    rows=parts.get("rows", ()),
+                    trace=parts.get("traces", ()),
+                    layers=parts.get("layers", ()),
+                    bounds=parts.get("bounds", ()),
+                    sizes=parts.get("sizes", ()),
+                )
+            )
+        return len(fresh)
 
     def close(self) -> None:
         """Write everything to the one database file and let go of it."""

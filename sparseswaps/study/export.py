@@ -18,14 +18,20 @@ from ..records.study_files import columns, read_study_files, tables, write_study
 def merge(target: str | os.PathLike[str], sources: Sequence[str | os.PathLike[str]]) -> int:
     """Take the finished units of ``sources`` into ``target``; returns how many were new.
 
+    Args:
+        target: SQLite file, made if needed.
+        sources: SQLite files, or folders of Parquet files that ``export`` wrote, of which what failed is
+            not taken.
+
     Raises:
-        InvalidFileError: if a file is missing or no study record.
+        InvalidFileError: if a source is missing or no study record.
+        SolverNotInstalledError: if one is a folder and pyarrow is missing.
     """
-    for source in sources:
-        if not Path(source).is_file():
-            raise InvalidFileError(f"study record {source}: expected an existing file, found none")
+    folders = {source: read_rows(source) for source in sources if not Path(source).is_file()}
     with StudyDatabase(target) as record:
-        return sum(record.merge(source) for source in sources)
+        return sum(
+            record.take(folders[source]) if source in folders else record.merge(source) for source in sources
+        )
 
 
 def export(

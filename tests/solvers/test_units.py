@@ -106,6 +106,65 @@ def test_the_error_after_least_squares(width: int, metric: bool) -> None:
         assert problem.error(kept, problem.updated(kept)) <= problem.updated_error(kept) * (1 + 1e-9)
 
 
+def centred_case(seed: int, metric: bool = False) -> tuple[UnitProblem, Tensor, Tensor]:
+    """A problem whose inputs have means far from zero, with those, its inputs and targets."""
+    problem, inputs, _ = made(2, metric, drift=False, seed=seed)
+    shift = torch.randn(inputs.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    inputs = inputs + 2 * shift
+    gram = ss.Gram(inputs.T @ inputs, len(inputs), inputs.mean(0))
+    return replace(problem, layer=replace(problem.layer, gram=gram)), inputs, inputs @ problem.weight.T
+
+
+@pytest.mark.parametrize("metric", [False, True])
+@pytest.mark.parametrize("update", [False, True])
+def test_a_bias_absorbs_the_means(metric: bool, update: bool) -> None:
+    """Against least squares with a column of ones, or a bias that is the mean of what is missing."""
+    for seed in range(4):
+        problem, inputs, target = centred_case(seed, metric)
+        weighing = torch.eye(5, dtype=torch.float64) if problem.layer.metric is None else problem.layer.metric
+        for solver in (FlapScore(), StructuredOBS(), DropAddSwap(), UnitMasks(ss.BranchAndBound())):
+            found = solve_units(problem, solver, update=update, bias=True)
+            columns = problem.columns[found.kept].flatten()
+            centre = inputs - inputs.mean(0)
+            if update:
+                scale = (problem.ridge * float(centre.square().sum(0).mean())) ** 0.5
+                eye = scale * torch.eye(inputs.shape[1], dtype=torch.float64)
+                seen = torch.cat(
+                    [
+                        torch.cat([inputs, torch.ones(len(inputs), 1)], 1)[:, [*columns, -1]],
+                        torch.cat([eye[:, columns], torch.zeros(len(eye), 1)], 1),
+                    ]
+                )
+                solution = torch.linalg.lstsq(seen, torch.cat([target, eye @ problem.weight.T])).solution
+                weight, bias = solution[:-1].T, solution[-1]
+            else:
+                weight = problem.weight[:, columns]
+                bias = (target - inputs[:, columns] @ weight.T).mean(0)
+            assert found.bias is not None
+            torch.testing.assert_close(found.weight[:, columns], weight, rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(found.bias, bias, rtol=1e-6, atol=1e-8)
+            missing = target - inputs[:, columns] @ weight.T - bias
+            assert found.error == pytest.approx(float((weighing * (missing.T @ missing)).sum()), rel=1e-6)
+            # the same units without a bias lose the means as well
+            assert found.error < problem.error(found.kept, found.weight)
+            if not update and isinstance(solver, UnitMasks):
+                best = min(problem.centred().error(kept) for kept in choices(problem))
+                assert found.error == pytest.approx(best, rel=1e-6)
+
+
+def test_biases_that_cannot_be() -> None:
+    problem, _, _ = made(drift=True)
+    with pytest.raises(InvalidProblemError, match="centred inputs: expected a layer without drift"):
+        solve_units(problem, FlapScore(), bias=True)
+    problem, _, _ = centred_case(0)
+    without = replace(problem, layer=replace(problem.layer, gram=ss.Gram(problem.layer.gram.matrix)))
+    with pytest.raises(InvalidProblemError, match="found no means"):
+        solve_units(without, FlapScore(), bias=True)
+    with pytest.raises(InvalidProblemError, match="bias of a layer: expected means of its inputs"):
+        without.bias(without.weight)
+    assert solve_units(problem, StructuredOBS()).bias is None
+
+
 @given(seed=st.integers(0, 30), case=st.sampled_from(CASES), block=st.sampled_from([4, 8]))
 def test_drops_adds_and_swaps_are_what_they_say(seed: int, case: tuple[int, bool], block: int) -> None:
     problem, _, _ = made(*case, seed=seed, block=block)

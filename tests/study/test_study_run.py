@@ -288,6 +288,13 @@ def test_merge_takes_what_is_missing_and_export_writes_everything(tmp_path, undi
     parquet = pytest.importorskip("pyarrow.parquet")
     files = export(part, tmp_path / "parquet", "parquet")
     assert parquet.read_table(files[0]).num_rows == UNITS
+    again = tmp_path / "again.sqlite"
+    assert merge(again, [tmp_path / "parquet"]) == UNITS - 2  # two fail, and are to be planned again
+    assert merge(again, [tmp_path / "parquet"]) == 0
+    assert results(again)[1:] == results(part)[1:]
+    with StudyDatabase(again) as record:
+        record.add_plan("small", {"name": "small"}, plan_units(study))
+        assert record.counts() == {"done": UNITS - 2, "pending": 2}
     with pytest.raises(InputError, match="expected csv or parquet, found 'xml'"):
         export(part, tmp_path, "xml")
 
