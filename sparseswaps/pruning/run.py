@@ -140,7 +140,7 @@ def _run(
     left_dense = passed_over(inputs.blocks, settings.include, settings.exclude)
     record.set({"left_dense": {} if settings.pattern is None else left_dense, "versions": versions()})
     before = _dense_quality(inputs, identity, context)
-    size = _Size.of(inputs.model)
+    size = _Size.of(inputs.model if inputs.units is None else inputs.units.dense)
     smaller = None
     if inputs.units is not None:
         record.set(

@@ -61,6 +61,8 @@ def make_smaller(inputs: Inputs, plan: UnitPlan, context: RunContext) -> Smaller
         found = prune_units(loaded.model, blocks, groups, keep, windows, plan.method, context)
         kept |= {each.group.place: each.kept for each in found}
         updated += [each.group.consumer.parameter_name for each in found if each.record.updated]
+        if plan.method.bias:
+            updated += [f"{group.consumer.name}.bias" for group in groups]
         small = shrunk_model(loaded, groups, [kept[group.place] for group in groups])
         verify_shrunk(loaded.model, small.model, sample)
     mixtures, stay = plan.of_mixtures()
@@ -70,6 +72,8 @@ def make_smaller(inputs: Inputs, plan: UnitPlan, context: RunContext) -> Smaller
         updated += [name for each in experts if _has_factors(each) for name in each.group.scaled]
     masks = [kept[group.place] for group in plan.groups]
     small = shrunk_model(loaded, plan.groups, masks)
+    before = plan.dense.model.state_dict().keys()  # others are biases that are new
+    updated += [name for name in small.model.state_dict() if name not in before]
     records = {record.name: record for record in context.record.consumers()}
     file = units_file(small, plan.groups, masks, [records[group.place] for group in plan.groups], updated)
     settings = inputs.settings

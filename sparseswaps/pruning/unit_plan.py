@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from ..calibration.expert_groups import find_experts
 from ..calibration.unit_groups import find_units
 from ..errors import InputError, InvalidModelError
+from ..models.biases import with_biases
 from ..models.blocks import Block, find_blocks
 from ..models.experts import ExpertGroup
 from ..models.inputs import Samples
@@ -32,6 +33,8 @@ class UnitPlan:
         groups: from ``find_units`` and ``find_experts``, those that are excluded left out.
         keep: of each group, how many units of how many neighbours stay.
         method: how they are chosen.
+        model: the dense model; with zero biases where they are to absorb means and it had none.
+        dense: the model as it was given.
         left: consumers and blocks whose units stay, and why.
         parameters_before, parameters: of the dense model and of the smaller one.
         apart: parts of the run's objective that units do not have, as text; empty without.
@@ -42,6 +45,8 @@ class UnitPlan:
     groups: tuple[Units, ...]
     keep: tuple[SparsityPattern, ...]
     method: UnitMethod
+    model: LoadedModel
+    dense: LoadedModel
     left: Mapping[str, str]
     parameters_before: int
     parameters: int
@@ -115,13 +120,17 @@ def plan_units(loaded: LoadedModel, settings: PruneSettings, windows: Samples, s
     shares = settings.units
     if shares is None:
         return None
-    blocks = find_blocks(loaded.model)
+    dense, blocks = loaded, find_blocks(loaded.model)
     chosen = [
         layer.name
         for block in find_blocks(loaded.model, settings.include, settings.exclude)
         for layer in block.layers
     ]
     found, left = _found(loaded, blocks, windows, shares)
+    if settings.unit_update is UnitUpdate.BIAS:
+        loaded = with_biases(dense, [group.consumer for group in found if isinstance(group, UnitGroup)])
+    if loaded is not dense:
+        found, left = _found(loaded, find_blocks(loaded.model), windows, shares)
     groups: list[Units] = []
     for group in found:
         if any(name == group.place or name.startswith(f"{group.place}.") for name in chosen):
@@ -149,11 +158,14 @@ def plan_units(loaded: LoadedModel, settings: PruneSettings, windows: Samples, s
             settings.unit_solver,
             _objective(loaded, settings, skip),
             settings.unit_ridge,
-            settings.unit_update is not UnitUpdate.NONE,
+            settings.unit_update is UnitUpdate.LEAST_SQUARES,
             settings.mode is Mode.ONE_SHOT,
+            settings.unit_update is UnitUpdate.BIAS,
         ),
+        loaded,
+        dense,
         left,
-        sum(parameter.numel() for parameter in loaded.model.parameters()),
+        sum(parameter.numel() for parameter in dense.model.parameters()),
         parameters,
         "" if rest == Objective() else str(rest),
         None if isinstance(settings.unit_solver, DropAddSwap) else settings.unit_solver,
@@ -182,7 +194,7 @@ def _found(
 def _objective(loaded: LoadedModel, settings: PruneSettings, skip: bool) -> Objective:
     """Drift and residual drift of units; without those that nobody asked for where they do not work."""
     asked = settings.objective
-    by_default = settings.mode is Mode.SEQUENTIAL and settings.unit_update is not UnitUpdate.NONE
+    by_default = settings.mode is Mode.SEQUENTIAL and settings.unit_update is UnitUpdate.LEAST_SQUARES
     stated = asked.resolved(by_default, UNIT_DEFAULT)
     if stated.needs_dense_stream and not skip and asked.is_default:
         stated = asked.resolved(search=False)
