@@ -60,7 +60,8 @@ class KeptInverse:
         columns = self._problem.columns[units]
         weighed = self._problem.weighed(self.weight)
         if columns.shape[1] == 1:  # of channels: nothing is gathered
-            return torch.linalg.vecdot(self.weight, weighed, dim=0)[columns][..., None]
+            products: Tensor = torch.linalg.vecdot(self.weight, weighed, dim=0)
+            return products[columns][..., None]
         return torch.einsum("rua,rub->uab", self.weight[:, columns], weighed[:, columns])
 
     def drop_costs(self, units: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from ..evaluation.speed import SpeedReport
 from ..models.sources import Source
 from .report import PruneReport
+from .settings import UnitUpdate
 
 CARD_FILE = "README.md"
 # Front matter of the dense model that is true of the pruned one.
@@ -94,7 +95,7 @@ def _what_was_done(report: PruneReport) -> list[str]:
     )
     said = []
     if report.smaller:
-        weights = "by least squares" if any(each.updated for each in report.consumers) else "the dense ones"
+        weights = _WEIGHTS[settings.unit_update]
         said += [
             f"{'; '.join(_widths(report))}: units `{plain['units']}`, chosen by `{plain['unit_solver']}`, "
             f"weights of the layers that read them {weights}"
@@ -141,6 +142,12 @@ def _checked(report: PruneReport) -> str:
     return "; ".join(parts)
 
 
+# What became of the weights that read the units that stay.
+_WEIGHTS = {
+    UnitUpdate.LEAST_SQUARES: "by least squares",
+    UnitUpdate.BIAS: "the dense ones, with a bias for the means of what is missing",
+    UnitUpdate.NONE: "the dense ones",
+}
 # A card's section with measured speed, which ``bench --card`` writes again.
 SPEED = "## Measured speed"
 

@@ -154,8 +154,12 @@ def gather_inputs(
     asked = replace(asked, add_bos=beginning.add_bos)
     skip = machine.ranks.from_first(lambda: can_skip(loaded.model, blocks, calibration.tokens))
     units = plan_units(loaded, asked, calibration.tokens, skip)
-    if units is not None and announce is not None:
-        announce(units)
+    if units is not None:
+        loaded = units.model
+        blocks = find_blocks(loaded.model, settings.include, settings.exclude, settings.prune_routers)
+        blocks = blocks_as_used(loaded.model, blocks, calibration.tokens)
+        if announce is not None:
+            announce(units)
     if settings.pattern is None and units is not None:
         settings = replace(asked, objective=units.method.objective)
     else:

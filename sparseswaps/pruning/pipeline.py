@@ -141,7 +141,7 @@ def with_stated_drifts(settings: PruneSettings) -> PruneSettings:
     """The settings with the solver's own drift and residual drift where none is stated."""
     sequential = settings.mode is Mode.SEQUENTIAL
     if settings.pattern is None:
-        search = sequential and settings.unit_update is not UnitUpdate.NONE
+        search = sequential and settings.unit_update is UnitUpdate.LEAST_SQUARES
         return replace(settings, objective=settings.objective.resolved(search, UNIT_DEFAULT))
     search = settings.solver.drift_by_default and sequential
     return replace(settings, objective=settings.objective.resolved(search))

@@ -68,7 +68,8 @@ def prune(
     """Prune a model and measure what that did.
 
     ``prune(model, PruneSettings("2:4", calibration="text.txt"))`` and
-    ``prune(model, "2:4", calibration="text.txt")`` are the same.
+    ``prune(model, "2:4", calibration="text.txt")`` are the same. With ``units`` the model in ``out`` is a
+    smaller one; a loaded model that was given keeps its shapes and has zeros where units went.
 
     Args:
         model: directory, hub name, or a loaded model, which is then pruned in place.
@@ -139,7 +140,7 @@ def _run(
     left_dense = passed_over(inputs.blocks, settings.include, settings.exclude)
     record.set({"left_dense": {} if settings.pattern is None else left_dense, "versions": versions()})
     before = _dense_quality(inputs, identity, context)
-    size = _Size.of(inputs.model)
+    size = _Size.of(inputs.model if inputs.units is None else inputs.units.dense)
     smaller = None
     if inputs.units is not None:
         record.set(

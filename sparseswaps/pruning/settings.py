@@ -63,6 +63,8 @@ class UnitUpdate(StrEnum):
     """What becomes of a consumer's kept columns when others have gone."""
 
     LEAST_SQUARES = "least-squares"
+    BIAS = "bias"
+    """They stay as they are, and a bias absorbs the mean of what is missing (FLAP)."""
     NONE = "none"
 
 
@@ -284,7 +286,8 @@ class PruneSettings(_Options):
     )
     unit_update: UnitUpdate = option(
         UnitUpdate.LEAST_SQUARES,
-        "Of the weights that read the units that stay: least-squares or none.",
+        "Of the weights that read the units that stay: least-squares, none, or a bias for the means of the "
+        "others.",
         Kind(_choice(UnitUpdate), str),
     )
     unit_ridge: float = option(
@@ -344,6 +347,8 @@ class PruneSettings(_Options):
         objective = self.objective
         if len(objective.strengths()) > 1:
             raise InputError("units: expected a strength of the drift that is stated, found auto")
+        if self.unit_update is UnitUpdate.BIAS and (objective.drift > 0 or objective.residual > 0):
+            raise InputError(f"unit_update bias: expected no drift beside it, found {objective}")
         if self.pattern is not None:
             return
         for name in _OF_MASKS:

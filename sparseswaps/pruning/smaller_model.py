@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,11 +13,10 @@ from ..calibration.activations import PROBE_TOKENS
 from ..masks.packing import pack_mask, unpack_bytes
 from ..masks.saving import Smaller
 from ..masks.units_file import units_file
-from ..models.blocks import find_blocks
-from ..models.experts import ExpertGroup
+from ..models.blocks import Block, find_blocks
 from ..models.inputs import Samples
 from ..models.loading import LoadedModel
-from ..models.shrinking import shrunk_model, verify_shrunk
+from ..models.shrinking import Units, shrunk_model, verify_shrunk
 from ..models.units import UnitGroup
 from ..records.run import ConsumerRecord
 from ..records.run_database import RunDatabase
@@ -53,26 +52,22 @@ def make_smaller(inputs: Inputs, plan: UnitPlan, context: RunContext) -> Smaller
         VerificationError: if the smaller model computes something else.
     """
     loaded, windows = inputs.model, inputs.calibration.tokens
-    of_layers = [each for each in plan.groups if isinstance(each, UnitGroup)]
-    mixtures = [each for each in plan.groups if isinstance(each, ExpertGroup)]
-    patterns = {group.place: pattern for group, pattern in zip(plan.groups, plan.keep, strict=True)}
-    dtypes = {group.consumer.name: loaded.dtypes[group.consumer.parameter_name] for group in of_layers}
-    keep = [patterns[group.place] for group in of_layers]
-    blocks = find_blocks(loaded.model)
-    if of_layers:
-        inside = replace(context, dtypes=dtypes)
-        prune_units(loaded.model, blocks, of_layers, keep, windows, plan.method, inside)
+    groups, keep = plan.of_layers()
+    dtypes = {group.consumer.name: loaded.dtypes[group.consumer.parameter_name] for group in groups}
+    context = replace(context, dtypes=dtypes)
+    blocks, sample = find_blocks(loaded.model), _sample(windows)
+    if groups:
+        prune_units(loaded.model, blocks, groups, keep, windows, plan.method, context)
+    mixtures, _ = plan.of_mixtures()
     if mixtures:
-        _prune_mixtures(loaded, mixtures, plan, windows, context)
-    finished = {each.name: each for each in context.record.consumers()}
-    records = [finished[group.place] for group in plan.groups]
-    kept = [_kept(context.record, each) for each in records]
+        _prune_experts(loaded, blocks, windows, plan, context)
+    kept = [_kept(context.record, group) for group in plan.groups]
     small = shrunk_model(loaded, plan.groups, kept)
-    sample = _sample(windows)
-    stays = dict(zip((group.place for group in plan.groups), kept, strict=True))
-    with fewer_experts(loaded.model, mixtures, [stays[group.place] for group in mixtures]):
+    with fewer_experts(loaded.model, mixtures, [_kept(context.record, group) for group in mixtures]):
         verify_shrunk(loaded.model, small.model, sample)
-    file = units_file(small, plan.groups, kept, records)
+    records = {record.name: record for record in context.record.consumers()}
+    of_groups = [records[group.place] for group in plan.groups]
+    file = units_file(small, plan.groups, kept, of_groups, _updated(plan, small, records))
     settings = inputs.settings
     blocks = find_blocks(small.model, settings.include, settings.exclude, settings.prune_routers)
     dtype = str(small.model.dtype).removeprefix("torch.")
@@ -82,40 +77,33 @@ def make_smaller(inputs: Inputs, plan: UnitPlan, context: RunContext) -> Smaller
     )
 
 
-def _kept(record: RunDatabase, of: ConsumerRecord) -> Tensor:
-    """Units of a finished consumer that stay (units,), bool."""
-    packed, _ = record.kept_units(of.name) or (b"", b"")
-    return unpack_bytes(packed, (1, of.units))[0]
-
-
-def _prune_mixtures(
+def _prune_experts(
     loaded: LoadedModel,
-    mixtures: Sequence[ExpertGroup],
-    plan: UnitPlan,
+    blocks: Sequence[Block],
     windows: Samples,
+    plan: UnitPlan,
     context: RunContext,
 ) -> None:
     """Choose the experts of all mixtures, or take them from the record if it has all of them."""
-    record, method = context.record, plan.expert_method
+    record = context.record
+    mixtures, keep = plan.of_mixtures()
     finished = {each.name: record.kept_units(each.name) for each in record.consumers()}
     if all(group.name in finished for group in mixtures):
         for group in mixtures:
-            packed, factors = finished[group.name] or (b"", b"")
-            kept = unpack_bytes(packed, (1, group.units))[0]
+            factors = (finished[group.name] or (b"", b""))[1]
             found = torch.from_numpy(np.frombuffer(factors).copy())
-            apply_factors(loaded.model, group, kept, found, loaded.dtypes)
+            apply_factors(loaded.model, group, _kept(record, group), found, loaded.dtypes)
         return
-    patterns = {group.place: pattern for group, pattern in zip(plan.groups, plan.keep, strict=True)}
     chosen = prune_experts(
         loaded.model,
-        find_blocks(loaded.model),
+        blocks,
         mixtures,
-        [patterns[group.name] for group in mixtures],
+        keep,
         windows,
-        solver=method.solver,
-        objective=method.objective,
-        ridge=method.ridge,
-        update=method.update,
+        solver=plan.expert_solver,
+        objective=plan.expert_objective,
+        ridge=plan.method.ridge,
+        update=plan.method.update,
         context=replace(context, dtypes=loaded.dtypes),
     )
     for each in chosen:
@@ -136,7 +124,7 @@ def _mixture_record(chosen: ChosenExperts) -> ConsumerRecord:
         width=1,
         rows=group.channels,
         cols=group.units,
-        updated=bool((chosen.factors != 1).any()),
+        updated=bool(group.scaled) and bool((chosen.factors != 1).any()),
         tokens=chosen.tokens,
         output_norm=norm,
         error_start=before,
@@ -148,6 +136,25 @@ def _mixture_record(chosen: ChosenExperts) -> ConsumerRecord:
         status=str(solution.status),
         seconds=chosen.seconds,
     )
+
+
+def _kept(record: RunDatabase, group: Units) -> Tensor:
+    """Units of a finished group that stay (units,), bool."""
+    packed = (record.kept_units(group.place) or (b"",))[0]
+    return unpack_bytes(packed, (1, group.units))[0]
+
+
+def _updated(plan: UnitPlan, small: LoadedModel, records: Mapping[str, ConsumerRecord]) -> list[str]:
+    """Names of tensors whose values are others than the dense model's."""
+    names: list[str] = []
+    for group in plan.groups:
+        if isinstance(group, UnitGroup):
+            names += [group.consumer.parameter_name] * records[group.place].updated
+            names += [f"{group.consumer.name}.bias"] * plan.method.bias
+        elif records[group.place].updated:
+            names += group.scaled
+    before = plan.dense.model.state_dict().keys()  # others are biases that are new
+    return names + [name for name in small.model.state_dict() if name not in before]
 
 
 def _sample(windows: Samples) -> Samples:

@@ -22,7 +22,7 @@ from ..errors import InputError, InvalidModelError
 from ..masks.packing import pack_mask, unpack_bytes, weight_bytes, weight_from
 from ..models.blocks import Block, PrunableLayer
 from ..models.inputs import Samples
-from ..models.units import UnitGroup
+from ..models.units import UnitGroup, bias_of
 from ..problems import GramAccumulator, LayerProblem, SparsityPattern
 from ..problems.units import RIDGE, UnitProblem
 from ..ranks import Ranks
@@ -57,6 +57,7 @@ class UnitMethod:
         ridge: of the least squares towards the old weights, a share of the Gram matrix's mean diagonal.
         update: whether kept columns are updated.
         one_shot: whether every consumer sees what the dense network gives it.
+        bias: whether a bias absorbs the means of what is missing; every consumer has one then.
     """
 
     solver: UnitSolver = field(default_factory=DropAddSwap)
@@ -64,6 +65,7 @@ class UnitMethod:
     ridge: float = RIDGE
     update: bool = True
     one_shot: bool = False
+    bias: bool = False
 
 
 def prune_units(
@@ -179,11 +181,12 @@ class _Run:
             self.patterns[layer.name],
             method.ridge,
         )
-        found = solve_units(problem, method.solver, update=method.update)
+        found = solve_units(problem, method.solver, update=method.update, bias=method.bias)
         saved = found.weight.to(self._dtype(layer))
         mask, applied = problem.mask(found.kept), saved.to(weight.dtype)
         norm = float(problem.layer.output_norms().sum())
-        plain = replace(problem.layer, drift=None)
+        judged = problem.centred().layer if method.bias else problem.layer
+        plain = replace(judged, drift=None)
         record = ConsumerRecord(
             name=layer.name,
             block=group.block,
@@ -199,27 +202,38 @@ class _Run:
             error_start=_share(plain.objective(mask), norm),
             error=_share(plain.objective(mask, applied), norm),
             objective_start=_share(found.error_masked, norm),
-            objective=_share(problem.layer.objective(mask, applied), norm),
+            objective=_share(judged.objective(mask, applied), norm),
             gap=found.gap,
             swaps=found.stats.get("swaps", 0),
             status=str(found.status),
             seconds=time.perf_counter() - begin,
         )
         packed = pack_mask(found.kept[None]).numpy().tobytes()
-        self.context.record.add_consumer(record, packed, weight_bytes(saved))
+        bias = None if found.bias is None else weight_bytes(self._with_means(layer, found.bias))
+        self.context.record.add_consumer(record, packed, weight_bytes(saved), bias)
+
+    def _with_means(self, layer: PrunableLayer, added: Tensor) -> Tensor:
+        """The layer's bias with what it is to absorb (rows,), as it will be saved."""
+        bias = bias_of(layer)
+        if bias is None:
+            raise InvalidModelError(f"layer {layer.name}: expected a bias for the means, found none")
+        return (bias.double() + added.to(bias.device)).to(self._dtype(layer))
 
     def kept(self, group: UnitGroup) -> Tensor:
         """Units of a finished consumer that stay (units,), bool."""
-        packed, _ = self._finished(group.consumer)
+        packed, _, _ = self._finished(group.consumer)
         return unpack_bytes(packed, (1, group.units))[0]
 
     def apply(self, layer: PrunableLayer) -> None:
-        """Write the weights of a finished consumer, as they will be saved."""
-        _, stored = self._finished(layer)
+        """Write the weights of a finished consumer, and its bias, as they will be saved."""
+        _, stored, added = self._finished(layer)
         like = torch.empty_like(layer.weight, dtype=self._dtype(layer), memory_format=torch.contiguous_format)
         layer.write(weight_from(stored, like).to(layer.weight.dtype))
+        bias = bias_of(layer)
+        if added is not None and bias is not None:
+            bias.copy_(weight_from(added, torch.empty_like(bias, dtype=self._dtype(layer))))
 
-    def _finished(self, layer: PrunableLayer) -> tuple[bytes, bytes]:
+    def _finished(self, layer: PrunableLayer) -> tuple[bytes, bytes, bytes | None]:
         found = self.context.record.kept_units(layer.name)
         if found is None:
             raise InvalidModelError(f"layer {layer.name}: expected its units, found none; no pass reached it")

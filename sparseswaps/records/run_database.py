@@ -48,13 +48,13 @@ class RunDatabase(Database):
         for table in (
             "run (key TEXT PRIMARY KEY, value TEXT)",
             f"layer ({layer}, mask BLOB, weight BLOB, PRIMARY KEY (name))",
-            f"consumer ({consumer}, mask BLOB, weight BLOB, PRIMARY KEY (name))",
+            f"consumer ({consumer}, mask BLOB, weight BLOB, bias BLOB, PRIMARY KEY (name))",
             f"refinement ({step}, PRIMARY KEY (position, number))",
             "pass (number, name, mask BLOB, weight BLOB, PRIMARY KEY (number, name))",
         ):
             connection.execute(f"CREATE TABLE IF NOT EXISTS {table}")
         self._check_columns(connection, "layer", [*_LAYER_COLUMNS, "mask", "weight"])
-        self._check_columns(connection, "consumer", [*_CONSUMER_COLUMNS, "mask", "weight"])
+        self._check_columns(connection, "consumer", [*_CONSUMER_COLUMNS, "mask", "weight", "bias"])
         self._check_columns(connection, "refinement", _STEP_COLUMNS)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
@@ -95,15 +95,18 @@ class RunDatabase(Database):
         row = self._connection.execute(f"SELECT {columns} FROM layer WHERE name = ?", (name,)).fetchone()
         return None if row is None else self._row(LayerRecord, row)
 
-    def add_consumer(self, record: ConsumerRecord, packed_mask: bytes, weight: bytes) -> None:
+    def add_consumer(
+        self, record: ConsumerRecord, packed_mask: bytes, weight: bytes, bias: bytes | None = None
+    ) -> None:
         """Store the units of a finished consumer in one transaction.
 
         Args:
             record: its facts.
             packed_mask: kept units, packed bits.
             weight: its weight (rows, cols) in the dtype in which it is saved, zero in the columns that go.
+            bias: its bias (rows,) where that absorbed means, in the same dtype.
         """
-        values = [*asdict(record).values(), packed_mask, weight]
+        values = [*asdict(record).values(), packed_mask, weight, bias]
         with self._transaction() as connection:
             places = ", ".join("?" * len(values))
             connection.execute(f"INSERT OR REPLACE INTO consumer VALUES ({places})", values)
@@ -113,10 +116,12 @@ class RunDatabase(Database):
         rows = self._connection.execute(f"SELECT {names(_CONSUMER_COLUMNS)} FROM consumer ORDER BY rowid")
         return [self._row(ConsumerRecord, row) for row in rows]
 
-    def kept_units(self, name: str) -> tuple[bytes, bytes] | None:
-        """Packed kept units and weight of a finished consumer, or None."""
-        row = self._connection.execute("SELECT mask, weight FROM consumer WHERE name = ?", (name,)).fetchone()
-        return None if row is None else (row[0], row[1])
+    def kept_units(self, name: str) -> tuple[bytes, bytes, bytes | None] | None:
+        """Packed kept units, weight and changed bias of a finished consumer, or None."""
+        row = self._connection.execute(
+            "SELECT mask, weight, bias FROM consumer WHERE name = ?", (name,)
+        ).fetchone()
+        return None if row is None else (row[0], row[1], row[2])
 
     def finished_weights(self) -> int:
         """How many weights the finished layers have."""

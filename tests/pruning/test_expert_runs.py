@@ -92,7 +92,7 @@ def test_the_command_says_what_it_does(
     said = capsys.readouterr()
     assert "units: 4 of 8 experts stay in 2 blocks" in said.err
     assert "units: 1 of 2 kv-groups stay in 2 blocks" in said.err
-    assert "experts: chosen by branch-and-bound, drift 0.75, without residual drift" in said.err
+    assert "experts: the proven best, drift 0.75, without residual drift" in said.err
     assert command_line.run("verify", out, "--original", dense) == 0
     assert "10 of 20 units of 4 layers stay" in capsys.readouterr().out
     card = (out / "README.md").read_text(encoding="utf-8")

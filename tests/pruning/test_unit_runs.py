@@ -308,6 +308,7 @@ def test_numbers_are_those_of_the_model_with_zero_columns(
         ({"objective": "drift=auto"}, "expected a strength of the drift that is stated, found auto"),
         ({"objective": "drift=0.5", "mode": "one-shot"}, "expected sequential mode, found one-shot"),
         ({"offload": True}, "units make another model: expected a model in memory, found offloading"),
+        ({"unit_update": "bias", "objective": "drift=0.5"}, "unit_update bias: expected no drift beside it"),
         ({"unit_ridge": 0.0}, "unit_ridge: expected a number above 0, found 0.0"),
         ({"unit_solver": "best"}, "unit_solver: unknown solver of units: expected one of drop-add-swap, "),
         ({"units": "channels=0.01"}, "expected some of 24 that stay in multiples of 2 and some that go"),
@@ -429,3 +430,39 @@ def test_experts(
     assert not any(each.updated for each in plain.consumers)
     with pytest.raises(ss.InputError, match="a token goes to"):
         ss.prune(dense, units=f"experts={mixtures[0].units - 1}", **options)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_bias_absorbs_the_means(
+    family: str, options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FLAP; a Llama gets biases for it that its configuration knows, OPT has some."""
+    dense = tiny_models.save(family, tmp_path / "dense", torch.bfloat16)
+    flap = {**options, "unit_solver": "flap", "unit_update": "bias"}
+    report = ss.prune(dense, **flap, out=tmp_path / "out")
+    without = ss.prune(dense, **{**flap, "unit_update": "none"})
+    # the first consumer has the same inputs and scores in both runs
+    assert report.consumers[0].error < without.consumers[0].error
+    with pytest.raises(KeyboardInterrupt):
+        ss.prune(dense, **flap, out=tmp_path / "cut", progress=Interrupting(1))
+    ss.prune(dense, **flap, out=tmp_path / "cut", resume=True)
+    one, other = (load_file(tmp_path / each / "model.safetensors") for each in ("out", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    small: Any = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert small.num_parameters() == report.parameters
+    assert report.parameters_dense == tf.AutoModelForCausalLM.from_pretrained(dense).num_parameters()
+    name = "model.layers.0.mlp.down_proj.bias" if family == "llama" else "model.decoder.layers.0.fc2.bias"
+    assert bool(small.get_parameter(name).any())
+    found = verify(tmp_path / "out", capsys, "--original", dense)
+    assert found["ok"]
+    words = ["evaluate", tmp_path / "out", "--evaluation", options["evaluation"], "--length", 16]
+    assert command_line.run(*words, "--json", "--quiet") == 0
+    again = json.loads(capsys.readouterr().out)["perplexity"]
+    assert again == pytest.approx(report.perplexity_pruned, rel=1e-4)
+
+
+def test_a_family_without_room_for_a_bias(options: dict[str, Any], tmp_path: Path) -> None:
+    dense = tiny_models.save("qwen2", tmp_path / "dense")
+    with pytest.raises(ss.InvalidModelError, match="with biases: expected a configuration that holds"):
+        ss.prune(dense, **options, unit_update="bias", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

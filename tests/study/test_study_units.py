@@ -111,6 +111,9 @@ def test_sizes_and_speeds_reach_the_report(home: Path, tmp_path: Path) -> None:
     # the record's files hold them too; those of earlier studies have none
     write_study_files(tmp_path / "rows", rows)
     assert read_study_files(tmp_path / "rows") == rows
+    with StudyDatabase(tmp_path / "other.sqlite") as other:
+        assert other.take(rows) == 4
+        assert other.read().sizes == rows.sizes
     (tmp_path / "rows" / "sizes.parquet").unlink()
     assert read_study_files(tmp_path / "rows") == replace(rows, sizes=())
     page = write_study_report(tmp_path / "report", rows)
