@@ -30,7 +30,7 @@ from .memory import Estimate, Work, estimate, require_memory
 from .objective import AUTO
 from .pipeline import check_options, with_drift_that_works, with_stated_drifts
 from .refinement import check_refinement
-from .settings import Allocation, Machine, Mode, PruneSettings
+from .settings import Allocation, Machine, PruneSettings
 from .unit_plan import UnitPlan, plan_units
 
 # Told what a run will need, how its windows begin, and which units go.
@@ -194,7 +194,7 @@ def _work(settings: PruneSettings, calibration: Windows, evaluation: Windows | N
         drift=objective.needs_dense_stream,
         residual=objective.residual > 0,
         metric=objective.metric or settings.allocation is Allocation.KNAPSACK,
-        one_shot=settings.mode is Mode.ONE_SHOT,
+        whole_blocks=settings.whole_blocks,
         compared=round(objective.held_out_share * len(calibration)) if objective.drift == AUTO else 0,
         refined=settings.refine > 0,
         saved=saved,

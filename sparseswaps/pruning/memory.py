@@ -80,7 +80,7 @@ class Work:
         drift: whether dense and pruned activations travel side by side.
         residual: whether sums for residual drift are gathered.
         metric: whether the output metric is gathered.
-        one_shot: whether the sums of a whole block are held at a time.
+        whole_blocks: whether the sums of a whole block are held at a time.
         compared: windows on which the model's output chooses the strength of the drift.
         refined: whether masks are refined against the model's output.
         saved: whether the pruned model is saved.
@@ -92,7 +92,7 @@ class Work:
     drift: bool = False
     residual: bool = False
     metric: bool = False
-    one_shot: bool = False
+    whole_blocks: bool = False
     compared: int = 0
     refined: bool = False
     saved: bool = False
@@ -404,14 +404,14 @@ class _Stages:
         rows = max(layer.weight.shape[0] for layer in self.layers)
         cols = max(layer.weight.shape[1] for layer in self.layers)
         sums = 8 * max(
-            _sum_entries(block.layers, work.one_shot, work.drift, self.stream) for block in self.blocks
+            _sum_entries(block.layers, work.whole_blocks, work.drift, self.stream) for block in self.blocks
         )
         # sums of a part beside those of all parts, and calibration sums beside those of held-out text
         windows = flow_batch_size(len(self.windows), self._length)
         gathering = 2 * sums + self._gathering(windows, cols, work.drift)
         solving = sums
         if work.held_out:
-            plain = 8 * max(_sum_entries(block.layers, work.one_shot, False, 0) for block in self.blocks)
+            plain = 8 * max(_sum_entries(block.layers, work.whole_blocks, False, 0) for block in self.blocks)
             windows = flow_batch_size(work.held_out, self._length)
             gathering = max(gathering, sums + 2 * plain + self._gathering(windows, cols, drift=False))
             solving += plain
@@ -490,12 +490,12 @@ def _sum_sizes(layer: PrunableLayer, drift: bool, stream: int) -> int:
     return (3 if drift else 1) * cols**2
 
 
-def _sum_entries(layers: Sequence[PrunableLayer], one_shot: bool, drift: bool, stream: int) -> int:
+def _sum_entries(layers: Sequence[PrunableLayer], whole_blocks: bool, drift: bool, stream: int) -> int:
     """Entries of the sums that are held at a time."""
     if not layers:
         return 0
     groups = list(_groups(layers).values())
-    if one_shot:
+    if whole_blocks:
         return sum(_sum_sizes(layer, drift, stream) for layer in groups)
     experts: dict[str, int] = {}
     for layer in groups:

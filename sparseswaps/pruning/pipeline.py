@@ -2,12 +2,13 @@
 
 *one-shot*: every Gram matrix comes from the dense model. *sequential* (the field's default): each
 block, and inside it each group of layers that shares an input, sees what the already pruned part of
-the model produces. The objective (see ``objective``) may ask for more: with drift,
+the model produces; with ``flow block``, as the published programs do it, all layers of a block see the pruned
+blocks before it and the block as it was. The objective (see ``objective``) may ask for more: with drift,
 dense and pruned activations travel side by side; with the output metric, gradients of the dense
 model are gathered before the first layer.
 
 At any time the Gram matrices of one step are held: in sequential mode those of layers with one
-input, in one-shot mode those of one block.
+input, in one-shot mode and with ``flow block`` those of one block.
 """
 
 from __future__ import annotations
@@ -373,7 +374,7 @@ class _Job:
         writers = flow.writers() if self.objective.residual and block.layers else []
         reading = entries(steps)
         one_shot = self.solving.settings.mode is Mode.ONE_SHOT
-        if one_shot:
+        if self.solving.settings.whole_blocks:
             steps = [Step(tuple(group for step in steps for group in step.inputs))] if steps else []
         else:
             for each in flows:

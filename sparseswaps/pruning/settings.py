@@ -44,6 +44,13 @@ class Mode(StrEnum):
     SEQUENTIAL = "sequential"
 
 
+class Refresh(StrEnum):
+    """When the layers of a block see what others in it became, in sequential mode."""
+
+    GROUP = "group"
+    BLOCK = "block"
+
+
 class Allocation(StrEnum):
     """How the budget is spread over layers."""
 
@@ -258,6 +265,12 @@ class PruneSettings(_Options):
         Kind(_choice(Mode), str),
         old={"--one-shot": "one-shot"},
     )
+    flow: Refresh = option(
+        Refresh.GROUP,
+        "Sequential mode: refresh activations after every group of layers with one input, or only after a "
+        "block, whose layers then all see it dense: group or block.",
+        Kind(_choice(Refresh), str),
+    )
     objective: Objective = option(
         DEFAULT,
         "What layers are fitted to: plain (the paper's error), default, or parts such as drift=0.75,metric.",
@@ -324,6 +337,11 @@ class PruneSettings(_Options):
                 "refinement chooses among the dense weights: expected a solver of masks, found "
                 f"{self.solver!r}"
             )
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether all layers of a block are fitted before any of them is pruned."""
+        return self.mode is Mode.ONE_SHOT or self.flow is Refresh.BLOCK
 
     @property
     def rule(self) -> PatternRule:

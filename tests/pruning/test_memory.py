@@ -66,7 +66,7 @@ def test_estimates_grow_with_what_they_depend_on() -> None:
     # s sᵀ in float64: twice, as every sum
     both = needs(drift=True, residual=True)
     assert both.host_bytes - needs(drift=True).host_bytes >= 2 * 8 * (2 * 64 + 32) * 32
-    assert needs(one_shot=True).host_bytes > few.host_bytes
+    assert needs(whole_blocks=True).host_bytes > few.host_bytes
     assert few.device_bytes == 0
     assert few.seconds > 0
     assert few.peak_bytes == few.held_bytes + few.model_bytes + few.host_bytes

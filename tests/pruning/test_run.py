@@ -79,10 +79,11 @@ def test_versions_that_cannot_be_told_end_a_run_before_its_work(
         (Mode.ONE_SHOT, "metric,shrinkage=0.1"),
     ],
 )
-@pytest.mark.parametrize("after", [1, 4, 9, 14])
+@pytest.mark.parametrize(("after", "flow"), [(1, "group"), (4, "block"), (9, "block"), (14, "group")])
 def test_interrupted_runs_resume_to_the_same_masks(
-    dense: Path, arguments: dict, tmp_path: Path, mode: Mode, objective: str, after: int
+    dense: Path, arguments: dict, tmp_path: Path, mode: Mode, objective: str, after: int, flow: str
 ) -> None:
+    arguments["flow"] = flow
     whole = prune(dense, **arguments, mode=mode, objective=objective, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         prune(
