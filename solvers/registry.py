@@ -14,6 +14,7 @@ from ..errors import InputError
 from .base import Group, Solver
 from .bounds import CorrEigenvalue as CorrEigenvalue
 from .bounds import Dnn as Dnn
+from .bounds import FrankWolfe as FrankWolfe
 from .bounds import Naive as Naive
 from .bounds import Qcr as Qcr
 from .bounds import RowSplit as RowSplit
@@ -34,11 +35,14 @@ from .search.dsnot import DSnoT as DSnoT
 from .search.greedy import Greedy as Greedy
 from .search.iterated_local_search import IteratedLocalSearch as IteratedLocalSearch
 from .search.one_swap import OneSwap as OneSwap
+from .search.sparsefw import SparseFW as SparseFW
 from .search.tabu import Tabu as Tabu
 from .updates.admm import ADMM as ADMM
+from .updates.alps import ALPS as ALPS
 from .updates.alternating_reconstruction import AlternatingReconstruction as AlternatingReconstruction
 from .updates.reconstruction import Reconstruction as Reconstruction
 from .updates.sparsegpt import SparseGPT as SparseGPT
+from .updates.thanos import Thanos as Thanos
 
 if typing.TYPE_CHECKING:
     from .units.base import UnitSolver

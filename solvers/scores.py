@@ -79,12 +79,16 @@ class RIA(Solver):
 
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
         """Score and select."""
-        size = problem.weight.double().abs()
-        tiny = torch.finfo(torch.float64).tiny  # rows or columns of zeros score 0
-        of_row = size / size.sum(1, keepdim=True).clamp_min(tiny)
-        of_column = size / size.sum(0, keepdim=True).clamp_min(tiny)
-        scores = (of_row + of_column) * problem.gram.scale**self.alpha
-        return Outcome(problem.pattern.top_k(scores), Status.FINISHED)
+        return Outcome(problem.pattern.top_k(ria_scores(problem, self.alpha)), Status.FINISHED)
+
+
+def ria_scores(problem: LayerProblem, alpha: float) -> Tensor:
+    """``(|w_ij| / Σ_j |w_ij| + |w_ij| / Σ_i |w_ij|) ‖X_j‖^alpha`` (rows, cols), float64."""
+    size = problem.weight.double().abs()
+    tiny = torch.finfo(torch.float64).tiny  # rows or columns of zeros score 0
+    of_row = size / size.sum(1, keepdim=True).clamp_min(tiny)
+    of_column = size / size.sum(0, keepdim=True).clamp_min(tiny)
+    return (of_row + of_column) * problem.gram.scale**alpha
 
 
 def warm_start(problem: LayerProblem, init: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from .corr_eigenvalue import CorrEigenvalue
 from .dnn import Dnn
+from .frank_wolfe import FrankWolfe
 from .naive import Naive
 from .qcr import Qcr
 from .row_split import RowSplit
@@ -11,6 +12,7 @@ from .shared_split import SharedSplit
 __all__ = [
     "CorrEigenvalue",
     "Dnn",
+    "FrankWolfe",
     "Naive",
     "Qcr",
     "RowSplit",

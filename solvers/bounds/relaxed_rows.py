@@ -152,7 +152,7 @@ def relax_rows(
             dtype,
         )
         x = batch.descend(steps, precision, deadline).double()
-        bounds[rows] = _certified(convex, taken, y, linear, constant, x, batch.count, batch.block)
+        bounds[rows] = certified_tangent(convex, taken, y, linear, constant, x, batch.count, batch.block)
         points[rows] = x.to(dtype)
         spread += (y**2 * x * (1 - x)).sum(0)
     return RelaxedRows(bounds.clamp_min(0), spread, complete, points)
@@ -202,7 +202,7 @@ def _tangent(
     return value, value - (gradient * x).sum(1) + _smallest(gradient, count, block).sum(1)
 
 
-def _certified(
+def certified_tangent(
     convex: Tensor,
     taken: Tensor,
     y: Tensor,

@@ -59,6 +59,9 @@ class KeptInverse:
         """``Ŵ_uᵀ S Ŵ_u`` (len(units), width, width)."""
         columns = self._problem.columns[units]
         weighed = self._problem.weighed(self.weight)
+        if columns.shape[1] == 1:  # of channels: nothing is gathered
+            products: Tensor = torch.linalg.vecdot(self.weight, weighed, dim=0)
+            return products[columns][..., None]
         return torch.einsum("rua,rub->uab", self.weight[:, columns], weighed[:, columns])
 
     def drop_costs(self, units: Tensor) -> Tensor:
@@ -81,8 +84,8 @@ class KeptInverse:
         columns = self._problem.columns[unit]
         own = torch.linalg.inv(self.inverse[columns][:, columns])
         rows = self.inverse[columns].clone()
-        self.weight -= self.weight[:, columns] @ own @ rows
-        self.inverse -= rows.T @ own @ rows
+        self.weight.addmm_(self.weight[:, columns] @ own, rows, alpha=-1)
+        self.inverse.addmm_(rows.T @ own, rows, alpha=-1)
         self.inverse[columns] = 0
         self.inverse[:, columns] = 0
         self.weight[:, columns] = 0
@@ -96,8 +99,8 @@ class KeptInverse:
         schur = torch.linalg.inv(self._problem.ridged[columns][:, columns] - across.T @ through)
         missing = (self._problem.target[:, columns] - self.weight @ across) @ schur
         through[columns] = -torch.eye(len(columns), dtype=through.dtype, device=through.device)
-        self.inverse += through @ schur @ through.T
-        self.weight -= missing @ through.T
+        self.inverse.addmm_(through @ schur, through.T)
+        self.weight.addmm_(missing, through.T, alpha=-1)
         self.kept[unit] = True
 
 

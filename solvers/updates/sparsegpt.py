@@ -75,7 +75,7 @@ class SparseGPT(Solver):
     def run(self, problem: LayerProblem, init: Tensor | None, budget: Budget) -> Outcome:
         """One pass over the columns; a time limit before its end leaves no mask."""
         deadline = budget.deadline()
-        factor = self._factor(problem)
+        factor = inverse_factor(problem, self.damping, self.name)
         choice = _Choice(problem, warm_start(problem, init) if self.mask == "fixed" else None)
         weight = problem.weight.double().masked_fill(problem.gram.dead, 0)
         mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
@@ -90,25 +90,35 @@ class SparseGPT(Solver):
         new = weight.masked_fill(~mask, 0).to(problem.weight.dtype)
         return Outcome(mask, Status.FINISHED, weight=new)
 
-    def _factor(self, problem: LayerProblem) -> Tensor:
-        """``U`` (cols, cols), upper triangular with ``Uᵀ U = (G + λ I)⁻¹``, float64."""
-        hessian = problem.gram.matrix.clone()
-        dead = problem.gram.dead
-        diagonal = hessian.diagonal()
-        size = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
-        diagonal.masked_fill_(dead, size)
-        diagonal += self.damping * size
-        lower, info = torch.linalg.cholesky_ex(hessian)
-        if int(info) == 0:
-            upper: Tensor
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if int(info) == 0 and bool(torch.isfinite(upper).all()):
-                return upper
-        label = f"layer {problem.name!r}" if problem.name else "the layer"
-        raise InvalidProblemError(
-            f"sparsegpt factors the Gram matrix of {label}: expected it positive definite with a damping of "
-            f"{self.damping:g} of its mean diagonal, found a matrix that is not; use more damping"
-        )
+
+def inverse_factor(problem: LayerProblem, damping: float, solver: str) -> Tensor:
+    """``U`` (cols, cols), upper triangular with ``Uᵀ U = (G + λ I)⁻¹``, float64.
+
+    Args:
+        problem: the layer; channels whose input is always zero get the mean diagonal of the others.
+        damping: λ, as a share of that mean.
+        solver: who asks, for messages.
+
+    Raises:
+        InvalidProblemError: if the damped Gram matrix cannot be factored.
+    """
+    hessian = problem.gram.matrix.clone()
+    dead = problem.gram.dead
+    diagonal = hessian.diagonal()
+    size = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
+    diagonal.masked_fill_(dead, size)
+    diagonal += damping * size
+    lower, info = torch.linalg.cholesky_ex(hessian)
+    if int(info) == 0:
+        upper: Tensor
+        upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if int(info) == 0 and bool(torch.isfinite(upper).all()):
+            return upper
+    label = f"layer {problem.name!r}" if problem.name else "the layer"
+    raise InvalidProblemError(
+        f"{solver} factors the Gram matrix of {label}: expected it positive definite with a damping of "
+        f"{damping:g} of its mean diagonal, found a matrix that is not; use more damping"
+    )
 
 
 class _Choice:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import InvalidFileError, file_errors
 from ..models.blocks import PrunableLayer, find_blocks, weight_hash
+from ..models.experts import ExpertGroup
 from ..models.loading import LoadedModel
 from ..models.offload import OffloadedBlocks
 from ..models.shrinking import Units, entries_that_stay
@@ -37,7 +38,7 @@ UNITS_FILE = "units.safetensors"
 
 @dataclass(frozen=True)
 class ConsumerUnits:
-    """Units in front of one layer, or experts of one mixture.
+    """Units in front of one layer.
 
     Attributes:
         kind: what a unit is; block: index of the block.
@@ -75,7 +76,7 @@ class UnitsFile:
     Attributes:
         stay: which entries along an axis of a tensor stay, bool, by its name and the axis.
         tensors: all tensors of the smaller model that are saved, by name.
-        consumers: by the name of the layer, or of the mixture.
+        consumers: by layer name.
         model: where the dense model came from.
     """
 
@@ -113,7 +114,7 @@ def units_file(
     groups: Sequence[Units],
     kept: Sequence[Tensor],
     records: Sequence[ConsumerRecord],
-    updated: Collection[str],
+    biases: Collection[str] = (),
 ) -> UnitsFile:
     """What is to be said of a smaller model before it gets any masks.
 
@@ -121,9 +122,15 @@ def units_file(
         small: from ``shrunk_model``.
         groups: of the dense model.
         kept: (units,), bool, of each.
-        records: of what the units of each group are in front of.
-        updated: names of tensors whose values are others than the dense model's.
+        records: of each group's consumer.
+        biases: names of those that absorbed means, or that the dense model does not have.
     """
+    updated = set(biases) | {
+        name
+        for group, record in zip(groups, records, strict=True)
+        if record.updated
+        for name in (group.scaled if isinstance(group, ExpertGroup) else (group.consumer.parameter_name,))
+    }
     named = [field.name for field in fields(ConsumerUnits)]
     return UnitsFile(
         entries_that_stay(groups, kept),

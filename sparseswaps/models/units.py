@@ -15,6 +15,8 @@ from .blocks import PrunableLayer
 
 UnitKind = Literal["channels", "heads", "kv-groups"]
 KINDS: tuple[UnitKind, ...] = ("channels", "heads", "kv-groups")
+# Units of a mixture (``models.experts``).
+EXPERTS = "experts"
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,10 +31,10 @@ from ..models.shrinking import fill_mixture, mixture_skeletons
 from ..problems import SparsityPattern
 from ..problems.experts import ExpertSums
 from ..problems.units import RIDGE
-from ..progress import Progress, Silent
 from ..solvers import BranchAndBound, Budget
 from ..solvers.units import UnitMasks, UnitSolution, UnitSolver, solve_units
 from .objective import Objective
+from .pipeline import RunContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +51,8 @@ class ChosenExperts:
         factors: of the contributions of those that stay (kept,), as applied; all 1 without an update.
         error: with these factors, measured on the same tokens.
         output_norm: ``Σ_t ‖Σ_e c_e‖²``, what relative errors are relative to.
-        routed: tokens that came to each expert (experts,).
+        tokens: that were summed.
+        routed: those that came to each expert (experts,).
         seconds: of sums and search.
     """
 
@@ -61,6 +62,7 @@ class ChosenExperts:
     factors: Tensor
     error: float
     output_norm: float
+    tokens: int
     routed: Tensor
     seconds: float
 
@@ -77,8 +79,7 @@ def prune_experts(
     objective: Objective | None = None,
     ridge: float = RIDGE,
     update: bool = True,
-    progress: Progress | None = None,
-    store: TensorStore | None = None,
+    context: RunContext | None = None,
 ) -> list[ChosenExperts]:
     """Choose the experts of ``groups``, one mixture after the other.
 
@@ -95,8 +96,7 @@ def prune_experts(
         objective: the drift, none by default; no other part is used.
         ridge: of the factors towards 1, a share of the mean diagonal.
         update: whether contributions are multiplied by factors.
-        progress: told about every block.
-        store: where activations are kept; in main memory by default.
+        context: progress, where activations are kept, and in which dtypes parameters are saved, by name.
 
     Raises:
         InputError: for parts of the objective that experts do not have, or numbers that cannot stay.
@@ -120,12 +120,14 @@ def prune_experts(
         group.units // pattern.block * pattern.keep for group, pattern in zip(groups, keep, strict=True)
     ]
     skeletons = mixture_skeletons(model, groups, counts)
-    store = store or TensorStore()
+    context = context or RunContext()
+    store = context.store
     size = flow_batch_size(len(calibration), calibration.shape[1])
     run = _Run(
         Stream(model, blocks, calibration, size, skip, store.sibling()),
         Stream(model, blocks, calibration, size, skip, store.sibling()) if objective.target else None,
         store.sibling(),
+        context.dtypes,
         objective.drift,
         solver or UnitMasks(BranchAndBound()),
         budget,
@@ -139,20 +141,58 @@ def prune_experts(
         for number in range(last + 1):
             own = [group for group in groups if group.block == number]
             chosen += run.block(own, patterns, skeletons, model, replaced)
-            progress = progress or Silent()
-            progress.stage("experts", number + 1, last + 1)
+            context.progress.stage("experts", number + 1, last + 1)
     for each in chosen:
-        _apply(model, each)
+        apply_factors(model, each.group, each.solution.kept, each.factors, context.dtypes)
     return chosen
 
 
-def _apply(model: nn.Module, chosen: ChosenExperts) -> None:
-    """Multiply the contributions of experts that stay by their factors."""
-    kept = chosen.solution.kept.nonzero().flatten()
+def apply_factors(
+    model: nn.Module,
+    group: ExpertGroup,
+    kept: Tensor,
+    factors: Tensor,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> None:
+    """Multiply the contributions of the experts that stay.
+
+    Args:
+        model: with all its experts.
+        group: the mixture.
+        kept: (experts,), bool.
+        factors: of those that stay (kept,).
+        dtypes: in which parameters are saved, by name; what is written is rounded to them.
+    """
     with torch.no_grad():
-        for name in chosen.group.scaled:
+        for name in group.scaled:
             tensor = tensor_of(model, name)
-            tensor[kept] *= chosen.factors.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
+            where = kept.nonzero().flatten()
+            tensor[where] = _multiplied(tensor[where], factors, (dtypes or {}).get(name))
+
+
+def _multiplied(tensor: Tensor, factors: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Entries along the first axis times ``factors``, as they are when they were saved in ``dtype``."""
+    found = tensor * factors.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
+    return found if dtype is None else found.to(dtype).to(tensor.dtype)
+
+
+@contextmanager
+def fewer_experts(
+    model: PreTrainedModel, groups: Sequence[ExpertGroup], kept: Sequence[Tensor]
+) -> Iterator[None]:
+    """While this is open, the model's mixtures compute without the experts that go.
+
+    Args:
+        model: with all its experts.
+        groups: all its mixtures.
+        kept: (experts,), bool, of each.
+    """
+    skeletons = mixture_skeletons(model, groups, [int(each.sum()) for each in kept])
+    with ExitStack() as replaced:
+        for group, stays in zip(groups, kept, strict=True):
+            small = fill_mixture(skeletons[group.name], group.module, group, stays)
+            replaced.enter_context(forward_replaced(group.module, small.forward))
+        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +202,7 @@ class _Run:
     pruned: Stream
     dense: Stream | None
     kept: TensorStore
+    dtypes: Mapping[str, torch.dtype]
     drift: float
     solver: UnitSolver
     budget: Budget | None
@@ -212,10 +253,11 @@ class _Run:
                 factors,
                 after.error(factors),
                 sums.output_norm,
+                sums.tokens,
                 routed,
                 time.perf_counter() - begin,
             )
-            _scale(small, group, factors)
+            _scale(small, group, factors, self.dtypes)
             replaced.enter_context(forward_replaced(group.module, small.forward))
             chosen.append(each)
         for batch in range(len(self.pruned)):
@@ -268,11 +310,11 @@ def _add(sums: ExpertSums, group: ExpertGroup, found: Contributions, missing: Te
         raise InvalidModelError(f"mixture {group.name}: {error}") from error
 
 
-def _scale(small: nn.Module, group: ExpertGroup, factors: Tensor) -> None:
+def _scale(small: nn.Module, group: ExpertGroup, factors: Tensor, dtypes: Mapping[str, torch.dtype]) -> None:
     with torch.no_grad():
         for name in group.scaled:
             tensor = tensor_of(small, name.removeprefix(f"{group.name}."))
-            tensor *= factors.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
+            tensor.copy_(_multiplied(tensor, factors, dtypes.get(name)))
 
 
 @contextmanager

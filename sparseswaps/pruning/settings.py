@@ -280,8 +280,8 @@ class PruneSettings(_Options):
     )
     unit_solver: UnitSolver = option(
         DropAddSwap(),
-        "Chooses the units: drop-add-swap, structured-obs, wanda-sp, flap, osscar, unit-magnitude or any "
-        "solver; experts by default by branch and bound.",
+        "Chooses the units: drop-add-swap, structured-obs, wanda-sp, flap, osscar, unit-magnitude, reap for "
+        "experts (proven best by default), or any solver of masks.",
         UNIT_SOLVER,
     )
     unit_update: UnitUpdate = option(

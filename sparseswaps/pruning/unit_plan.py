@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from ..calibration.expert_groups import find_experts
 from ..calibration.unit_groups import find_units
 from ..errors import InputError, InvalidModelError
 from ..models.biases import with_biases
-from ..models.blocks import Block, find_blocks
+from ..models.blocks import find_blocks
 from ..models.experts import ExpertGroup
 from ..models.inputs import Samples
 from ..models.loading import LoadedModel
 from ..models.shrinking import Units, check_shrinkable
-from ..models.units import KINDS, UnitGroup
+from ..models.units import EXPERTS, UnitGroup
 from ..problems import SparsityPattern
 from ..problems.pattern import PatternRule
-from ..solvers.units import DropAddSwap, UnitSolver
+from ..solvers import BranchAndBound
+from ..solvers.units import DropAddSwap, UnitMasks
+from ..solvers.units.registry import unit_solver_text
 from .objective import UNIT_DEFAULT, Objective
 from .settings import Mode, PruneSettings, UnitUpdate
 from .unit_pruning import UnitMethod
-from .unit_shares import EXPERTS, UnitShares
+from .unit_shares import UnitShares
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,29 +32,27 @@ class UnitPlan:
     """Units that a run prunes.
 
     Attributes:
-        groups: from ``find_units`` and ``find_experts``, those that are excluded left out.
+        groups: from ``find_units`` and ``find_experts``, those of layers that are excluded left out.
         keep: of each group, how many units of how many neighbours stay.
         method: how they are chosen.
+        expert_method: how experts are.
         model: the dense model; with zero biases where they are to absorb means and it had none.
         dense: the model as it was given.
         left: consumers and blocks whose units stay, and why.
         parameters_before, parameters: of the dense model and of the smaller one.
         apart: parts of the run's objective that units do not have, as text; empty without.
-        expert_solver, expert_objective: how experts are chosen: the proven best of them where no solver was
-            asked for, without drift where none was.
     """
 
     groups: tuple[Units, ...]
     keep: tuple[SparsityPattern, ...]
     method: UnitMethod
+    expert_method: UnitMethod
     model: LoadedModel
     dense: LoadedModel
     left: Mapping[str, str]
     parameters_before: int
     parameters: int
     apart: str = ""
-    expert_solver: UnitSolver | None = None
-    expert_objective: Objective = field(default_factory=Objective)
 
     def __str__(self) -> str:
         lines = [f"units: {each}" for each in self.widths()]
@@ -65,27 +65,15 @@ class UnitPlan:
             shown = [f"{name} ({reason})" for name, reason in list(self.left.items())[:2]]
             more = f" and {len(self.left) - 2} more, which the record names" if len(self.left) > 2 else ""
             lines.append(f"without units that go: {'; '.join(shown)}{more}")
+        if any(group.kind == EXPERTS for group in self.groups):
+            drift = self.expert_method.objective.drift
+            lines.append(
+                f"experts: chosen by {unit_solver_text(self.expert_method.solver)}, drift {drift:g}, without "
+                "residual drift"
+            )
         if self.apart:
             lines.append(f"units are chosen without {self.apart}, which masks alone have")
         return "\n".join(lines)
-
-    def of_layers(self) -> tuple[list[UnitGroup], list[SparsityPattern]]:
-        """Units in front of layers, and how many of them stay."""
-        pairs = [
-            (group, pattern)
-            for group, pattern in zip(self.groups, self.keep, strict=True)
-            if isinstance(group, UnitGroup)
-        ]
-        return [group for group, _ in pairs], [pattern for _, pattern in pairs]
-
-    def of_mixtures(self) -> tuple[list[ExpertGroup], list[SparsityPattern]]:
-        """Experts of mixtures, and how many of them stay."""
-        pairs = [
-            (group, pattern)
-            for group, pattern in zip(self.groups, self.keep, strict=True)
-            if isinstance(group, ExpertGroup)
-        ]
-        return [group for group, _ in pairs], [pattern for _, pattern in pairs]
 
     def widths(self) -> list[str]:
         """What stays of each kind, in words."""
@@ -120,23 +108,13 @@ def plan_units(loaded: LoadedModel, settings: PruneSettings, windows: Samples, s
     shares = settings.units
     if shares is None:
         return None
-    dense, blocks = loaded, find_blocks(loaded.model)
-    chosen = [
-        layer.name
-        for block in find_blocks(loaded.model, settings.include, settings.exclude)
-        for layer in block.layers
-    ]
-    found, left = _found(loaded, blocks, windows, shares)
+    dense = loaded
+    found, left = _found(loaded, windows, shares)
     if settings.unit_update is UnitUpdate.BIAS:
         loaded = with_biases(dense, [group.consumer for group in found if isinstance(group, UnitGroup)])
     if loaded is not dense:
-        found, left = _found(loaded, find_blocks(loaded.model), windows, shares)
-    groups: list[Units] = []
-    for group in found:
-        if any(name == group.place or name.startswith(f"{group.place}.") for name in chosen):
-            groups.append(group)
-        else:
-            left[f"{group.place} {group.kind}"] = "excluded"
+        found, left = _found(loaded, windows, shares)
+    groups = _included(found, settings, loaded, left)
     _require_each_kind(loaded, shares, groups, left)
     keep = [shares.pattern(group, settings.multiple_of) for group in groups]
     kept = [kept_units(group, pattern) for group, pattern in zip(groups, keep, strict=True)]
@@ -151,44 +129,72 @@ def plan_units(loaded: LoadedModel, settings: PruneSettings, windows: Samples, s
         where, reason = next(iter(left.items()))
         raise InvalidModelError(f"{error}; units of {where} stay: {reason}") from error
     rest = replace(settings.objective, drift=0.0, residual=0.0)
+    method = UnitMethod(
+        settings.unit_solver,
+        _objective(loaded, settings, skip),
+        settings.unit_ridge,
+        settings.unit_update is UnitUpdate.LEAST_SQUARES,
+        settings.mode is Mode.ONE_SHOT,
+        settings.unit_update is UnitUpdate.BIAS,
+    )
     return UnitPlan(
         tuple(groups),
         tuple(keep),
-        UnitMethod(
-            settings.unit_solver,
-            _objective(loaded, settings, skip),
-            settings.unit_ridge,
-            settings.unit_update is UnitUpdate.LEAST_SQUARES,
-            settings.mode is Mode.ONE_SHOT,
-            settings.unit_update is UnitUpdate.BIAS,
-        ),
+        method,
+        _of_experts(method, settings),
         loaded,
         dense,
         left,
         sum(parameter.numel() for parameter in dense.model.parameters()),
         parameters,
         "" if rest == Objective() else str(rest),
-        None if isinstance(settings.unit_solver, DropAddSwap) else settings.unit_solver,
-        Objective(drift=max(0.0, settings.objective.drift)),
     )
 
 
-def _found(
-    loaded: LoadedModel, blocks: Sequence[Block], windows: Samples, shares: UnitShares
-) -> tuple[list[Units], dict[str, str]]:
+def _found(loaded: LoadedModel, windows: Samples, shares: UnitShares) -> tuple[list[Units], dict[str, str]]:
     """All units of the kinds that are pruned, and where there are none, why."""
-    groups: list[Units] = []
+    blocks = find_blocks(loaded.model)
+    found: list[Units] = []
     left: dict[str, str] = {}
-    kinds = [kind for kind in KINDS if kind in shares.pruned]
-    if kinds:
-        units = find_units(loaded.model, blocks, windows, kinds)
-        groups += units.groups
-        left |= {f"{blocks[index].name} {kind}": reason for (index, kind), reason in units.missing.items()}
+    if shares.in_front_of_layers:
+        of_layers = find_units(loaded.model, blocks, windows, shares.in_front_of_layers)
+        found += of_layers.groups
+        left |= {f"{blocks[index].name} {kind}": why for (index, kind), why in of_layers.missing.items()}
     if EXPERTS in shares.pruned:
-        experts = find_experts(loaded.model, blocks, windows)
-        groups += experts.groups
-        left |= {f"{name} {EXPERTS}": reason for name, reason in experts.missing.items()}
-    return groups, left
+        mixtures = find_experts(loaded.model, blocks, windows)
+        found += mixtures.groups
+        left |= {f"{name} {EXPERTS}": why for name, why in mixtures.missing.items()}
+    return found, left
+
+
+def _included(
+    found: Sequence[Units], settings: PruneSettings, loaded: LoadedModel, left: dict[str, str]
+) -> list[Units]:
+    """Groups with a layer that ``include`` and ``exclude`` leave; the others are named in ``left``."""
+    chosen = {
+        layer.name
+        for block in find_blocks(loaded.model, settings.include, settings.exclude)
+        for layer in block.layers
+    }
+    groups = []
+    for group in found:
+        inside = group.place in chosen
+        if isinstance(group, ExpertGroup):
+            inside = any(name.startswith(f"{group.name}.") for name in chosen)
+        if inside:
+            groups.append(group)
+        else:
+            left[f"{group.place} {group.kind}"] = "excluded"
+    return groups
+
+
+def _of_experts(method: UnitMethod, settings: PruneSettings) -> UnitMethod:
+    """What is proven best where no solver is asked for, and a drift where one is asked for."""
+    solver = UnitMasks(BranchAndBound()) if method.solver == DropAddSwap() else method.solver
+    drift = 0.0 if settings.objective.is_default else settings.objective.drift
+    if method.one_shot and EXPERTS in (settings.units.pruned if settings.units else {}):
+        raise InputError("experts are chosen block by block: expected sequential mode, found one-shot")
+    return replace(method, solver=solver, objective=Objective(drift=drift))
 
 
 def _objective(loaded: LoadedModel, settings: PruneSettings, skip: bool) -> Objective:

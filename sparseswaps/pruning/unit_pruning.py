@@ -203,6 +203,7 @@ class _Run:
             error=_share(plain.objective(mask, applied), norm),
             objective_start=_share(found.error_masked, norm),
             objective=_share(judged.objective(mask, applied), norm),
+            gap=found.gap,
             swaps=found.stats.get("swaps", 0),
             status=str(found.status),
             seconds=time.perf_counter() - begin,

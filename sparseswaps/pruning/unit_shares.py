@@ -1,4 +1,4 @@
-"""How many units of each kind are pruned, as it is written: ``channels=0.25,kv-groups=1``, ``experts=2``."""
+"""How many units of each kind are pruned, as it is written: ``channels=0.25,kv-groups=1``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from dataclasses import dataclass
 
 from ..errors import InputError
 from ..models.shrinking import Units
-from ..models.units import KINDS
+from ..models.units import EXPERTS, KINDS, UnitKind
 from ..problems import SparsityPattern
 
-EXPERTS = "experts"
-ALL_KINDS = (*KINDS, EXPERTS)
 # Widths of channels are multiples of this, as products of matrices like them.
 MULTIPLE = 64
 
@@ -23,7 +21,7 @@ class UnitShares:
 
     Attributes:
         pruned: below 1 a share, else a number of units: of a layer's channels or groups of heads, of the
-            query heads that share keys and values, and of a mixture's experts.
+            query heads that share keys and values, of the experts that a router chooses among.
     """
 
     pruned: Mapping[str, float]
@@ -35,12 +33,12 @@ class UnitShares:
         Raises:
             InputError: for another kind, no number, or one that is no share and no count.
         """
-        wanted = ", ".join(f"{kind}=NUMBER" for kind in ALL_KINDS)
+        known = (*KINDS, EXPERTS)
+        wanted = ", ".join(f"{kind}=NUMBER" for kind in known)
         pruned: dict[str, float] = {}
         for part in filter(None, (each.strip() for each in text.split(","))):
             name, _, value = part.partition("=")
-            kind = next((each for each in ALL_KINDS if each == name), None)
-            if kind is None:
+            if name not in known:
                 raise InputError(f"units: expected {wanted}, found {part!r}")
             try:
                 number = float(value)
@@ -50,9 +48,9 @@ class UnitShares:
                 raise InputError(
                     f"units {name}: expected a share between 0 and 1 or a number of units, found {value!r}"
                 )
-            if kind in pruned:
-                raise InputError(f"units: expected each kind once, found {kind} twice")
-            pruned[kind] = number
+            if name in pruned:
+                raise InputError(f"units: expected each kind once, found {name} twice")
+            pruned[name] = number
         if not pruned:
             raise InputError(f"units: expected {wanted}, found nothing")
         if {"heads", "kv-groups"} <= set(pruned):
@@ -63,6 +61,11 @@ class UnitShares:
 
     def __str__(self) -> str:
         return ",".join(f"{kind}={number:g}" for kind, number in self.pruned.items())
+
+    @property
+    def in_front_of_layers(self) -> list[UnitKind]:
+        """The kinds that are inputs of a layer."""
+        return [kind for kind in KINDS if kind in self.pruned]
 
     def pattern(self, group: Units, multiple: int = MULTIPLE) -> SparsityPattern:
         """How many of how many neighbouring units of ``group`` stay.

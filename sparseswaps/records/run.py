@@ -69,10 +69,7 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class ConsumerRecord:
-    """Units in front of one layer, their consumer, some of which went; or experts of one mixture.
-
-    Of a mixture rows and columns are its channels, and error and objective are those of what it returns: at
-    the start with the router that is left, and then with the factors of the experts that stay.
+    """Units in front of one layer, their consumer, some of which went.
 
     Attributes:
         name: of the consumer; block: index of its block; kind: what a unit is.
@@ -84,7 +81,11 @@ class ConsumerRecord:
         error_start, error: relative error of the consumer with the old weights of the kept columns, and with
             those that they have now; objective_start, objective: the same against the target that the drift
             sets (see ``LayerRecord``).
+        gap: proven relative gap of the choice before any update; None where nothing was proven.
         swaps: of the search; status: why it stopped; seconds: of sums and search.
+
+    Of a mixture of experts, which is a consumer whose inputs are their contributions, both errors are those
+    that were measured with the router choosing among the experts that stay.
     """
 
     name: str
@@ -102,6 +103,7 @@ class ConsumerRecord:
     error: float
     objective_start: float
     objective: float
+    gap: float | None
     swaps: int
     status: str
     seconds: float

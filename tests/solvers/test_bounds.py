@@ -98,7 +98,9 @@ def test_row_tiers_never_exceed_an_optimum(seed: int, steps: int, tolerance: flo
         assert bool((bounds <= best + slack).all()), (tier, problem.name)
 
 
-@pytest.mark.parametrize("tier", ["corr-eigenvalue", "naive", "shared-split", "row-split", "qcr", "dnn"])
+@pytest.mark.parametrize(
+    "tier", ["corr-eigenvalue", "naive", "frank-wolfe", "shared-split", "row-split", "qcr", "dnn"]
+)
 @pytest.mark.parametrize("seconds", [0.0, 1e-3, 0.02])
 def test_a_bound_that_is_cut_off_still_holds(tier: str, seconds: float) -> None:
     problem = ss.synthetic_layer("correlated", 4, 16, "0.5", seed=8)
