@@ -182,7 +182,7 @@ def test_experts_in_groups(tmp_path: Path) -> None:
         check_shrinkable(loaded, groups, [5, 5])
     with pytest.raises(InputError, match=r"at least 4, for a token goes to 2 experts from 1 of 2 groups, "):
         check_shrinkable(loaded, groups, [2, 2])
-    chosen = pruned(model, pattern=ss.SparsityPattern(2, 4))
+    chosen = pruned(model, pattern=ss.SparsityPattern(2, 4), update=True)
     kept = [each.solution.kept for each in chosen]
     assert all(mask.view(2, 4).sum(1).tolist() == [2, 2] for mask in kept)
     with tiny_mixtures.excluded(model, kept):
@@ -211,7 +211,7 @@ def test_an_expert_that_no_token_reaches() -> None:
         model.get_input_embeddings().weight[:, 0] = 3
         for mixture in tiny_mixtures.mixtures_of(model):
             tiny_mixtures.router_of(mixture).weight[3, 0] = -30
-    chosen = pruned(model, pattern=ss.SparsityPattern(EXPERTS - 1, EXPERTS))
+    chosen = pruned(model, pattern=ss.SparsityPattern(EXPERTS - 1, EXPERTS), update=True)
     assert chosen[0].routed[3] == 0
     assert chosen[0].routed[~chosen[0].solution.kept].tolist() == [0]
     assert chosen[0].solution.error_masked == 0
