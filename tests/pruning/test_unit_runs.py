@@ -12,7 +12,6 @@ import command_line
 import numpy as np
 import pytest
 import tiny_families
-import tiny_mixtures
 import tiny_models
 import torch
 import transformers as tf
@@ -394,42 +393,6 @@ def test_a_card_says_what_went_and_how_fast_the_rest_is(
     assert f"| parameters | {both.parameters_dense:,} | {both.parameters:,} |" in text
     card.unlink()
     assert command_line.run(*bench, "--card") == 2
-
-
-@pytest.mark.parametrize(
-    ("family", "units", "kinds"),
-    [
-        ("mixtral", "experts=2,heads=1", {"experts", "heads"}),
-        ("qwen3-moe", "experts=0.5", {"experts"}),
-    ],
-)
-def test_experts(
-    family: str, units: str, kinds: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dense, tokens, out = tmp_path / "dense", tmp_path / "tokens.npy", tmp_path / "out"
-    model: Any = tiny_mixtures.build(family)
-    model.to(torch.bfloat16).save_pretrained(dense)
-    np.save(tokens, tiny_mixtures.windows(8, 32).flatten().numpy())
-    options: dict[str, Any] = {"calibration": tokens, "evaluation": tokens, "samples": 8, "length": 32}
-    report = ss.prune(dense, units=units, **options, out=out)
-    mixtures = [each for each in report.consumers if each.kind == "experts"]
-    assert len(mixtures) == 2
-    assert all(each.kept < each.units and each.error <= each.error_start for each in mixtures)
-    small: Any = type(model).from_pretrained(out)
-    assert small.num_parameters() == report.parameters < report.parameters_dense == model.num_parameters()
-    assert verify(out, capsys, "--original", dense)["ok"]
-    file = load_units(out)
-    assert {facts.kind for facts in file.consumers.values()} == kinds
-    assert any("experts" in name and facts.updated for name, facts in file.tensors.items())
-    # what is measured is what was saved
-    words = ["evaluate", out, "--evaluation", tokens, "--length", 32, "--json", "--quiet"]
-    assert command_line.run(*words) == 0
-    again = json.loads(capsys.readouterr().out)["perplexity"]
-    assert again == pytest.approx(report.perplexity_pruned, rel=1e-4)
-    plain = ss.prune(dense, units="experts=1", **options, unit_solver="reap", unit_update="none")
-    assert not any(each.updated for each in plain.consumers)
-    with pytest.raises(ss.InputError, match="a token goes to"):
-        ss.prune(dense, units=f"experts={mixtures[0].units - 1}", **options)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
