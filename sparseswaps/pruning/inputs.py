@@ -153,7 +153,7 @@ def gather_inputs(
     )
     asked = replace(asked, add_bos=beginning.add_bos)
     skip = machine.ranks.from_first(lambda: can_skip(loaded.model, blocks, calibration.tokens))
-    units = plan_units(loaded, asked, calibration.tokens, skip)
+    units = plan_units(loaded, asked, calibration.tokens)
     if units is not None:
         loaded = units.model
         blocks = find_blocks(loaded.model, settings.include, settings.exclude, settings.prune_routers)

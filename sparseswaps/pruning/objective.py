@@ -78,14 +78,13 @@ class Objective:
         """Whether a drift is the solver's own."""
         return UNSTATED in (self.drift, self.residual)
 
-    def resolved(self, search: bool, standard: Objective | None = None) -> Objective:
+    def resolved(self, search: bool) -> Objective:
         """The same with every drift stated.
 
         Args:
             search: whether the solver is run with drift by default, in this mode.
-            standard: its drifts then; ``SEARCH_DEFAULT`` by default.
         """
-        standard = (standard or SEARCH_DEFAULT) if search else Objective()
+        standard = SEARCH_DEFAULT if search else Objective()
         own = {
             name: getattr(standard, name) for name in ("drift", "residual") if getattr(self, name) == UNSTATED
         }
@@ -178,8 +177,5 @@ class Objective:
 # What searches get in sequential mode where nothing else is asked for: with it models were better than with
 # the paper's error, on each model and pattern of the study of objectives (reports/studies/objectives.toml).
 SEARCH_DEFAULT = Objective(drift=0.75, residual=0.5)
-# The same of units with least squares, in sequential mode: better than that of searches and than none on
-# stories260K with half of the channels and with 30 % of them.
-UNIT_DEFAULT = Objective(drift=0.5, residual=1.0)
 # What is meant where nothing is said.
 DEFAULT = Objective(drift=UNSTATED, residual=UNSTATED)

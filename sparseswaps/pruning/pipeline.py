@@ -42,8 +42,8 @@ from ..records.run import LayerRecord
 from ..records.run_database import RunDatabase
 from ..solvers import Solution
 from .layer_solving import LayerSolving, Solved, StepSums, left_dense, patterns_of
-from .objective import UNIT_DEFAULT, Objective
-from .settings import Mode, PruneSettings, UnitUpdate, Unreached
+from .objective import Objective
+from .settings import Mode, PruneSettings, Unreached
 from .shared_rows import first_alone, shared_record
 
 OnLayer = Callable[[LayerProblem, Solution], None]
@@ -140,11 +140,9 @@ def prune_layers(
 
 def with_stated_drifts(settings: PruneSettings) -> PruneSettings:
     """The settings with the solver's own drift and residual drift where none is stated."""
-    sequential = settings.mode is Mode.SEQUENTIAL
-    if settings.pattern is None:
-        search = sequential and settings.unit_update is UnitUpdate.LEAST_SQUARES
-        return replace(settings, objective=settings.objective.resolved(search, UNIT_DEFAULT))
-    search = settings.solver.drift_by_default and sequential
+    search = settings.solver.drift_by_default and settings.mode is Mode.SEQUENTIAL
+    if settings.pattern is None:  # units have none of their own
+        search = False
     return replace(settings, objective=settings.objective.resolved(search))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,7 +19,7 @@ from ..problems import SparsityPattern
 from ..problems.pattern import PatternRule
 from ..solvers.units import DropAddSwap, UnitSolver
 from ..solvers.units.registry import unit_solver_text
-from .objective import UNIT_DEFAULT, Objective
+from .objective import Objective
 from .settings import Mode, PruneSettings, UnitUpdate
 from .unit_pruning import UnitMethod
 from .unit_shares import EXPERTS, UnitShares
@@ -108,14 +107,13 @@ def kept_units(group: Units, pattern: SparsityPattern) -> int:
     return group.units // pattern.block * pattern.keep
 
 
-def plan_units(loaded: LoadedModel, settings: PruneSettings, windows: Samples, skip: bool) -> UnitPlan | None:
+def plan_units(loaded: LoadedModel, settings: PruneSettings, windows: Samples) -> UnitPlan | None:
     """The units that ``settings`` ask for, None if they ask for none.
 
     Args:
         loaded: the model, with weights in memory.
-        settings: as they were asked for; an objective that is not stated is the units' own.
+        settings: as they were asked for; units have no drift where none is stated.
         windows: calibration windows.
-        skip: whether blocks depend on earlier ones only through their outputs.
 
     Raises:
         InputError: if there are none, or not so many can go.
@@ -162,7 +160,7 @@ def plan_units(loaded: LoadedModel, settings: PruneSettings, windows: Samples, s
         tuple(keep),
         UnitMethod(
             settings.unit_solver,
-            _objective(loaded, settings, skip),
+            _objective(settings),
             settings.unit_ridge,
             settings.unit_update is UnitUpdate.LEAST_SQUARES,
             settings.mode is Mode.ONE_SHOT,
@@ -197,18 +195,9 @@ def _found(
     return groups, left
 
 
-def _objective(loaded: LoadedModel, settings: PruneSettings, skip: bool) -> Objective:
-    """Drift and residual drift of units; without those that nobody asked for where they do not work."""
-    asked = settings.objective
-    by_default = settings.mode is Mode.SEQUENTIAL and settings.unit_update is UnitUpdate.LEAST_SQUARES
-    stated = asked.resolved(by_default, UNIT_DEFAULT)
-    if stated.needs_dense_stream and not skip and asked.is_default:
-        stated = asked.resolved(search=False)
-        warnings.warn(
-            f"{type(loaded.model).__name__}: drift and residual drift, the default, need blocks that depend "
-            "on earlier ones only through their outputs; units are chosen without them",
-            stacklevel=5,
-        )
+def _objective(settings: PruneSettings) -> Objective:
+    """Drift and residual drift of units, none where none is stated."""
+    stated = settings.objective.resolved(search=False)
     return Objective(drift=stated.drift, residual=stated.residual)
 
 

@@ -28,7 +28,7 @@ from ..problems.units import RIDGE, UnitProblem
 from ..ranks import Ranks
 from ..records.run import ConsumerRecord
 from ..solvers.units import DropAddSwap, UnitSolver, solve_units
-from .objective import UNIT_DEFAULT, Objective
+from .objective import Objective
 from .pipeline import RunContext
 
 
@@ -61,7 +61,7 @@ class UnitMethod:
     """
 
     solver: UnitSolver = field(default_factory=DropAddSwap)
-    objective: Objective = UNIT_DEFAULT
+    objective: Objective = field(default_factory=Objective)
     ridge: float = RIDGE
     update: bool = True
     one_shot: bool = False

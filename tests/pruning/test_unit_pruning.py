@@ -17,7 +17,7 @@ from sparseswaps.evaluation.measures import perplexity
 from sparseswaps.models.blocks import find_blocks
 from sparseswaps.models.loading import load_model
 from sparseswaps.models.units import UnitKind
-from sparseswaps.pruning.objective import UNIT_DEFAULT
+from sparseswaps.pruning.objective import Objective
 from sparseswaps.pruning.unit_pruning import ChosenUnits, UnitMethod, prune_units
 from sparseswaps.pruning.unit_shares import UnitShares
 from sparseswaps.solvers.units import DropAddSwap, UnitMasks, UnitSolver, WandaSp
@@ -71,7 +71,7 @@ def test_what_pays_on_a_real_model(stories: tuple[Path, tuple[Path, Path]]) -> N
     score, _ = pruned(*stories, half, WandaSp(), PLAIN, update=False)
     updated, _ = pruned(*stories, half, WandaSp(), PLAIN)
     swapped, chosen = pruned(*stories, half, DropAddSwap(), PLAIN)
-    drifted, _ = pruned(*stories, half, DropAddSwap(), UNIT_DEFAULT)
+    drifted, _ = pruned(*stories, half, DropAddSwap(), Objective(drift=0.5, residual=1.0))
     dense_seen, _ = pruned(*stories, half, DropAddSwap(), PLAIN, one_shot=True)
     assert drifted < swapped < updated < score
     assert swapped < dense_seen < score
