@@ -43,7 +43,7 @@ def write_study_report(out_dir: str | os.PathLike[str], records: StudyRows) -> P
         interaction_section(data, records.models),
         warm_start_section(data),
         calibration_section(data),
-        *objective_sections(records.models),
+        *objective_sections([each for each in records.models if each.option("units") is None]),
         *model_sections(records.models, records.layers, records.bounds, records.sizes),
         cost_section(data),
         instances_section(data),
