@@ -78,7 +78,7 @@ def test_a_real_model_by_the_command_line(
     model, texts, out = shared_data / "models" / "stories260K", shared_data / "texts", tmp_path / "out"
     words = ["--calibration", texts / "tinystories_calib.txt", "--samples", 24, "--length", 256]
     measured = ["--evaluation", texts / "tinystories_eval.txt", "--evaluation-limit", 16]
-    asked = ["--units", "channels=0.5", "--multiple-of", 2]
+    asked = ["--units", "channels=0.5", "--multiple-of", 2, "--objective", "drift=0.5,residual=1"]
     code = command_line.run("prune", model, *asked, *words, *measured, "--out", out, "--json", "--quiet")
     assert code == 0
     said = capsys.readouterr()
