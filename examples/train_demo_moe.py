@@ -9,17 +9,9 @@ so ``--steps`` gives a run that can be repeated exactly. The learning rate follo
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import time
-from pathlib import Path
-
 import torch
-from train_demo_model import train_tokenizer
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
-
-from sparseswaps.calibration.corpus import standard_library_text
+from train_demo_model import train
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCABULARY = 2048
 CONTEXT = 256
@@ -50,83 +42,10 @@ def build(tokenizer: PreTrainedTokenizerFast) -> MixtralForCausalLM:
     return MixtralForCausalLM(config)
 
 
-def perplexity(model: MixtralForCausalLM, tokens: torch.Tensor, windows: int) -> float:
-    """Perplexity of the first ``windows`` windows of ``CONTEXT`` tokens."""
-    batch = tokens[: windows * CONTEXT].view(windows, CONTEXT)
-    losses = []
-    with torch.no_grad():
-        for window in batch.split(8):
-            losses.append(model(window, labels=window).loss.item() * len(window))
-    return math.exp(sum(losses) / windows)
-
-
-def main() -> None:
-    """Train, evaluate and save."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--steps", type=int, default=None, help="fixed number of steps instead")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=2.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-
-    torch.manual_seed(arguments.seed)
-    train_text = standard_library_text("train")
-    held_out_text = standard_library_text("held-out")
-    tokenizer = train_tokenizer(train_text, VOCABULARY)
-    train = torch.tensor(tokenizer(train_text)["input_ids"])
-    held_out = torch.tensor(tokenizer(held_out_text)["input_ids"])
-    model = build(tokenizer)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
-            {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
-        ],
-        lr=arguments.learning_rate,
-        betas=(0.9, 0.95),
-    )
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} tokens", flush=True)
-
-    generator = torch.Generator().manual_seed(arguments.seed)
-    start = time.monotonic()
-    step = 0
-    while True:
-        elapsed = time.monotonic() - start
-        progress = step / arguments.steps if arguments.steps else elapsed / (arguments.minutes * 60)
-        if progress >= 1:
-            break
-        warmup = min(1.0, (step + 1) / 100)
-        rate = arguments.learning_rate * warmup * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        starts = torch.randint(len(train) - CONTEXT, (arguments.batch,), generator=generator)
-        batch = torch.stack([train[s : s + CONTEXT] for s in starts.tolist()])
-        loss = model(batch, labels=batch, output_router_logits=True).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        if step % 50 == 0:
-            print(f"step {step}  {elapsed:.0f} s  loss {loss.item():.3f}  rate {rate:.2e}", flush=True)
-
-    model.eval()
-    model.half()
-    model.save_pretrained(arguments.out)
-    tokenizer.save_pretrained(arguments.out)
-    card = {
-        "data": "source code of Python's standard library, tests left out, some modules held out",
-        "steps": step,
-        "batch": arguments.batch,
-        "context": CONTEXT,
-        "seed": arguments.seed,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "held_out_perplexity": round(perplexity(model.float(), held_out, 64), 3),
-    }
-    (arguments.out / "training.json").write_text(json.dumps(card, indent=2) + "\n")
-    print(json.dumps(card))
+def loss_of(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
+    """Of next tokens, and of tokens that are not spread over experts."""
+    return model(batch, labels=batch, output_router_logits=True).loss
 
 
 if __name__ == "__main__":
-    main()
+    train(__doc__, 20.0, VOCABULARY, CONTEXT, build, loss_of)

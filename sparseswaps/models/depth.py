@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError, InvalidModelError
 from .blocks import Block
 from .loading import LoadedModel
-from .offload import OffloadedBlocks, Residence
-from .shrinking import all_tensors, compared, constants_of
+from .shrinking import all_tensors, compared, constants_of, filled
 from .sublayers import Sublayer
 
 if TYPE_CHECKING:
@@ -75,29 +73,7 @@ def shallower_model(loaded: LoadedModel, blocks: Sequence[Block], gone: Sequence
         InputError: if these blocks cannot go.
         InvalidModelError: if no configuration of the family holds the model without them.
     """
-    small: Any = _skeleton(loaded.model, blocks, gone)
-    renamed = _Renaming(blocks, gone)
-    made: dict[int, Tensor] = {}  # a tied parameter is one parameter
-    for name, tensor in all_tensors(loaded.model).items():
-        other = renamed(name)
-        if other is None:
-            continue
-        if id(tensor) not in made:
-            values = tensor.detach()
-            if tensor.is_meta and isinstance(loaded.residence, OffloadedBlocks):
-                values = loaded.residence.parameter(name, tensor.dtype)
-            parameter = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(values, tensor.requires_grad) if parameter else values
-        place, _, attribute = other.rpartition(".")
-        module = small.get_submodule(place)
-        of = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
-        of[attribute] = made[id(tensor)]
-    generation = getattr(loaded.model, "generation_config", None)
-    if generation is not None:
-        small.generation_config = deepcopy(generation)
-    dtypes = {renamed(name): dtype for name, dtype in loaded.dtypes.items()}
-    left = {name: dtype for name, dtype in dtypes.items() if name is not None}
-    return replace(loaded, model=small.eval(), residence=Residence(), dtypes=left)
+    return filled(_skeleton(loaded.model, blocks, gone), loaded, {}, _Renaming(blocks, gone))
 
 
 class _Renaming:

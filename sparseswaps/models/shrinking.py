@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -85,20 +85,41 @@ def shrunk_model(loaded: LoadedModel, groups: Sequence[Units], kept: Sequence[Te
         flaw = group.flaw_of(int(mask.sum()))
         if flaw is not None:
             raise InputError(f"{group.kind} of block {group.block}: {flaw}")
-    small: Any = _skeleton(loaded.model, groups, kept)
-    stay = entries_that_stay(groups, kept)
+    return filled(_skeleton(loaded.model, groups, kept), loaded, entries_that_stay(groups, kept))
+
+
+def filled(
+    skeleton: PreTrainedModel,
+    loaded: LoadedModel,
+    stay: Mapping[tuple[str, int], Tensor],
+    renamed: Callable[[str], str | None] = str,
+) -> LoadedModel:
+    """A model without weights with those that are left of a larger one; it shares what is whole.
+
+    Args:
+        skeleton: on the meta device; it is changed in place.
+        loaded: the larger model.
+        stay: which entries along an axis of a tensor stay, bool, by its name and the axis; all by default.
+        renamed: what a tensor is called in the smaller model, None where it is not there.
+    """
+    small: Any = skeleton
     made: dict[int, Tensor] = {}  # a tied parameter is one parameter
     for name, tensor in all_tensors(loaded.model).items():
+        other = renamed(name)
+        if other is None:
+            continue
         if id(tensor) not in made:
             made[id(tensor)] = _left(loaded, name, tensor, stay)
-        place, _, attribute = name.rpartition(".")
+        place, _, attribute = other.rpartition(".")
         module = small.get_submodule(place)
         of = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
         of[attribute] = made[id(tensor)]
     generation = getattr(loaded.model, "generation_config", None)
     if generation is not None:
         small.generation_config = deepcopy(generation)
-    return replace(loaded, model=small.eval(), residence=Residence())
+    dtypes = {renamed(name): dtype for name, dtype in loaded.dtypes.items()}
+    left = {name: dtype for name, dtype in dtypes.items() if name is not None}
+    return replace(loaded, model=small.eval(), residence=Residence(), dtypes=left)
 
 
 def mixture_skeletons(
